@@ -1,0 +1,127 @@
+"""The command line: every command in the order of the pipeline, and one place where a failure becomes an exit code.
+
+Only the command that is run gets its options built: `lorakit --help` needs none, and pydantic takes its time.
+"""
+
+import os
+import signal
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+from typer.exceptions import TyperException
+
+from lorakit import __version__
+from lorakit.commands import chat, demo, evaluate, merge, prepare, train
+from lorakit.console import Console
+from lorakit.core.errors import (
+    ExitCode,
+    LorakitError,
+    OutOfMemory,
+    Stopped,
+    UsageError,
+    disk_failed,
+    first_line,
+    is_out_of_memory,
+)
+
+COMMANDS: Mapping[str, Callable[..., None]] = {
+    "prepare": prepare.run,
+    "train": train.run,
+    "merge": merge.run,
+    "chat": chat.run,
+    "evaluate": evaluate.run,
+    "demo": demo.run,
+}
+
+
+def build_app(arguments: Sequence[str]) -> typer.Typer:
+    """The Typer app. Commands that `arguments` don't name, while no shell completes, have a name and help only."""
+    completing = any(name.startswith("_LORAKIT_COMPLETE") for name in os.environ)
+    chosen = next((argument for argument in arguments if argument in COMMANDS), None)
+    app = typer.Typer(name="lorakit", rich_markup_mode="rich")
+    app.callback(invoke_without_command=True)(_lorakit)
+    for name, run in COMMANDS.items():
+        if name == chosen or completing:
+            from lorakit.options import command
+
+            app.command(name)(command(name, run))
+        else:
+            app.command(name, help=run.__doc__)(_nothing)
+    return app
+
+
+def _lorakit(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print lorakit's version.")] = False,
+) -> None:
+    """Fine-tune Llama-family language models with LoRA: dataset → blocks → adapter → merged model."""
+    if version:
+        typer.echo(f"lorakit {__version__}")
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+def _nothing() -> None: ...
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code. Every failure is `error:` and `hint:`, never a traceback."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        app: Any = typer.main.get_command(build_app(arguments))
+        code = app.main(arguments, prog_name="lorakit", standalone_mode=False)
+        if code == ExitCode.INTERRUPTED:  # typer's word for Ctrl-C
+            raise KeyboardInterrupt
+        return code if isinstance(code, int) else ExitCode.DONE
+    except LorakitError as error:
+        return _fail(error)
+    except TyperException as error:
+        return _fail(_usage(error))
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail(Stopped("found Ctrl-C, need time", "run the same command again", interrupted=True))
+    except OSError as error:
+        return _fail(disk_failed(error, Path(os.fsdecode(error.filename or "an unnamed file"))))
+    except Exception as error:
+        return _fail(_no_memory(error) if is_out_of_memory(error) else _bug(error))
+
+
+def _fail(error: LorakitError) -> int:
+    Console().error(error)
+    return int(error.exit_code)
+
+
+def _usage(error: TyperException) -> UsageError:
+    """Typer's own complaint about the command line, with its suggestion as the hint."""
+    near = getattr(error, "possibilities", None)
+    hint = f"did you mean {' or '.join(sorted(near))}?" if near else "`lorakit COMMAND --help` lists what it takes"
+    return UsageError(getattr(error, "message", "") or error.format_message(), hint)
+
+
+def _no_memory(error: Exception) -> OutOfMemory:
+    return OutOfMemory(
+        f"found {first_line(error)}, need more memory", "close other programs, or use a smaller model or --dtype bf16"
+    )
+
+
+def _bug(error: Exception) -> LorakitError:
+    """A failure that nobody foresaw: the traceback goes to a file that is named, or is shown with LORAKIT_DEBUG=1."""
+    if os.environ.get("LORAKIT_DEBUG") == "1":
+        traceback.print_exception(error)
+    with tempfile.NamedTemporaryFile("w", prefix="lorakit-crash-", suffix=".txt", delete=False) as file:
+        file.write(f"lorakit {__version__}, Python {sys.version}\n{' '.join(sys.argv)}\n\n")
+        traceback.print_exception(error, file=file)
+    return LorakitError(
+        f"found a bug in lorakit: {type(error).__name__}: {first_line(error)}",
+        f"report it with {file.name}, which says where",
+    )
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise Stopped("found SIGTERM, need time", "run the same command again")

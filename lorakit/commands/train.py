@@ -1,0 +1,46 @@
+"""`lorakit train`: blocks + a base model → an adapter."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lorakit.console import Console, Signals
+
+if TYPE_CHECKING:
+    from lorakit.core.config import TrainConfig
+
+
+def run(config: "TrainConfig", console: Console) -> None:
+    """Train a LoRA adapter on blocks over a frozen base model.
+
+    Stopped or killed, it goes on when the same command is run again.
+
+    Example: lorakit train --model ./model --blocks blocks --output runs/mine
+    """
+    from lorakit.core.blocks import prepare
+    from lorakit.core.config import DatasetSection, OutputSection, PrepareConfig
+    from lorakit.core.hub import model_folder
+    from lorakit.core.model import load_tokenizer
+    from lorakit.core.training import train
+
+    blocks = config.data.blocks
+    if config.data.dataset is not None:
+        request = PrepareConfig(
+            data=DatasetSection(dataset=config.data.dataset, tokenizer=config.model.model),
+            packing=config.packing,
+            output=OutputSection(),
+        )
+        blocks = prepare(request, load_tokenizer(model_folder(config.model.model)), console.report).path
+    assert blocks is not None  # the config has one source of blocks
+    target = config.output.output or Path("runs").absolute() / f"{Path(config.model.model).name}-{blocks.name}"
+    with Signals() as signals:
+        trained = train(config, target, blocks, console.report, lambda: signals.asked)
+    console.summary(
+        {
+            "adapter": f"{trained.path}{' (already done)' if trained.already_done else ''}",
+            "loss": f"{trained.first_loss:.4f} → {trained.last_loss:.4f} in {trained.steps:,} steps",
+            "speed": f"{trained.tokens_per_second:,.0f} tokens/s, {trained.seconds:.1f} s",
+            "peak memory": f"{trained.peak_bytes / 2**30:.2f} GiB",
+        }
+    )
+    console.result(vars(trained))
+    console.hint(f"lorakit merge {trained.path}")

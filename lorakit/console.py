@@ -1,0 +1,194 @@
+"""The only printer: a command's result on stdout, everything else on stderr.
+
+Text from users is printed without markup. Colour is never the only sign; rich leaves it out for pipes and NO_COLOR.
+"""
+
+import contextlib
+import itertools
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from types import FrameType
+from typing import Any
+
+from rich.console import Console as RichConsole
+from rich.text import Text
+
+from lorakit.core.errors import LorakitError
+from lorakit.core.events import Notice, Progress
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+class Console:
+    """What a command shows. `json`: one JSON object on stdout. `quiet`: errors and results only."""
+
+    def __init__(self, *, json: bool = False, quiet: bool = False) -> None:
+        self.json, self.quiet = json, quiet
+        self._out = RichConsole(highlight=False, soft_wrap=True)
+        self._err = RichConsole(stderr=True, highlight=False, soft_wrap=True)
+        self._bar: Any = None
+        self._last_line = time.monotonic()
+
+    def note(self, text: str) -> None:
+        """One line for the person at the keyboard."""
+        if not self.quiet:
+            self._print(self._err, Text(text))
+
+    def hint(self, text: str) -> None:
+        """The next command to run."""
+        if not self.quiet and not self.json:
+            self._print(self._err, Text("hint: ", style="cyan").append(text, style="default"))
+
+    def error(self, error: LorakitError) -> None:
+        self.stop_progress()
+        self._print(self._err, Text("error: ", style="bold red").append(error.message, style="default"))
+        self._print(self._err, Text("hint: ", style="cyan").append(error.hint, style="default"))
+
+    def say(self, text: str, end: str = "\n") -> None:
+        """A piece of the command's result, as text on stdout; nothing with --json."""
+        if not self.json:
+            self._print(self._out, Text(text), end=end)
+
+    def result(self, facts: Mapping[str, Any]) -> None:
+        """The command's result: the JSON object with --json, else nothing (what was said before is the result)."""
+        self.stop_progress()
+        if self.json:
+            with _closed_pipe_is_fine():
+                print(json.dumps(facts, ensure_ascii=False, default=str), flush=True)  # noqa: T201
+
+    def summary(self, facts: Mapping[str, str]) -> None:
+        """A few named figures, on stdout."""
+        self.stop_progress()
+        if self.json:
+            return
+        from rich.table import Table
+
+        table = Table.grid(padding=(0, 2))
+        for name, value in facts.items():
+            table.add_row(Text(name, style="bold"), Text(value))
+        self._print(self._out, table)
+
+    def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """A table on stdout."""
+        if self.json:
+            return
+        from rich.table import Table
+
+        table = Table(title=Text(title), title_justify="left")
+        for name in header:
+            table.add_column(Text(name), overflow="fold")
+        for row in rows:
+            table.add_row(*[Text(cell) for cell in row])
+        self._print(self._out, table)
+
+    def curve(self, title: str, values: Sequence[float], height: int = 8, width: int = 60) -> None:
+        """A line of numbers as a small picture on stdout; each column is the mean of its share of the values."""
+        if self.json or not values:
+            return
+        width = min(width, len(values))
+        edges = [round(column * len(values) / width) for column in range(width + 1)]
+        means = [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
+        low, high = min(means), max(means)
+        levels = [round((mean - low) / ((high - low) or 1) * (height - 1)) for mean in means]
+        self.say(f"\n{title}, {len(values)} steps")
+        for level in range(height - 1, -1, -1):
+            label = f"{high:8.3f}" if level == height - 1 else f"{low:8.3f}" if level == 0 else " " * 8
+            self.say(f"{label} | " + "".join("*" if found == level else " " for found in levels))
+
+    def answers(self, title: str, answers: Sequence[Mapping[str, Any]]) -> None:
+        """Questions and what was answered before training, after it, and after merging."""
+        self.say(f"\n{title}:")
+        for answer in answers:
+            self.say(f"\n  {answer['question']}")
+            for stage in ("before", "trained", "merged"):
+                self.say(f"    {stage:<8} {' '.join(answer[stage].split())}")
+
+    def report(self, event: Progress | Notice) -> None:
+        """What a core function tells while it works: a bar on a terminal, else a line every ten seconds."""
+        if isinstance(event, Notice):
+            self.note(event.text)
+        elif not self.quiet:
+            if self._err.is_terminal:
+                self._draw(event)
+            elif time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:
+                self._last_line = time.monotonic()
+                of = f"/{event.total}" if event.total is not None else ""
+                self._print(self._err, Text(f"{event.task}: {event.done}{of} {event.unit} {event.note}".rstrip()))
+
+    def _draw(self, event: Progress) -> None:
+        if self._bar is None:
+            from rich import progress as bars
+
+            self._bar = bars.Progress(
+                bars.TextColumn("{task.description}", markup=False),
+                bars.BarColumn(),
+                bars.MofNCompleteColumn(),
+                bars.TextColumn("{task.fields[unit]} {task.fields[note]}", markup=False),
+                bars.TimeElapsedColumn(),
+                bars.TimeRemainingColumn(),
+                console=self._err,
+                transient=True,
+            )
+            self._bar.start()
+        task = next((task.id for task in self._bar.tasks if task.description == event.task), None)
+        if task is None:
+            task = self._bar.add_task(
+                event.task, total=event.total, completed=event.done, unit=event.unit, note=event.note
+            )
+        self._bar.update(task, completed=event.done, unit=event.unit, note=event.note)
+
+    def questions(self) -> Iterator[str]:
+        """What the person types, line by line, until an empty one or the end of input."""
+        while True:
+            with contextlib.suppress(EOFError):
+                if sys.stdin.isatty():
+                    self._print(self._err, Text("> ", style="bold"), end="")
+                if question := input().strip():
+                    yield question
+                    continue
+            return
+
+    def stop_progress(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _print(self, console: RichConsole, what: Any, end: str = "\n") -> None:
+        with _closed_pipe_is_fine():
+            console.print(what, end=end)
+
+
+@contextlib.contextmanager
+def _closed_pipe_is_fine() -> Iterator[None]:
+    """A reader that went away (`| head`) ends no run: what is printed after that goes nowhere."""
+    try:
+        yield
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(nowhere, stream.fileno())
+
+
+class Signals:
+    """SIGTERM and Ctrl-C as a flag that a long run asks for at its safe points; a second one ends it at once."""
+
+    def __init__(self) -> None:
+        self.asked: str | None = None
+
+    def __enter__(self) -> "Signals":
+        self._before = {which: signal.signal(which, self._ask) for which in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for which, handler in self._before.items():
+            signal.signal(which, handler)
+
+    def _ask(self, which: int, frame: FrameType | None) -> None:
+        if self.asked is not None:
+            raise KeyboardInterrupt
+        self.asked = "interrupt" if which == signal.SIGINT else "terminate"

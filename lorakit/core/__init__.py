@@ -1,0 +1,24 @@
+"""The core: everything that lorakit does, without a word about command lines.
+
+One word a thing:
+
+block          a fixed number of tokens, filled with whole documents where they fit
+document       one row of a dataset as tokens; it never sees another document of its block
+trained token  a token whose prediction counts in the loss
+base           the pretrained model; it is never changed
+adapter        the LoRA matrices that training makes, in PEFT's format
+merged model   base + adapter as one ordinary model
+artifact       a folder with a manifest (`lorakit.json`): whole, or not there
+run folder     what `train` writes: checkpoints and metrics while it runs, the adapter at its end
+
+Imports go down only:
+
+    training, merging, starter
+        evaluation, generation
+            model
+                blocks, adapters
+                    records, weights, hub, environment
+                        artifacts
+                            config, disk
+                                errors, events
+"""

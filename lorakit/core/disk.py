@@ -1,0 +1,172 @@
+"""The few ways in which lorakit touches a disk: written and fsynced, locked, appended, counted.
+
+With artifacts.py, which renames and removes, the only place with mutating system calls on an output. Functions that say
+so raise OSError for their caller to explain; the rest raise DiskFailed themselves.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import socket
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from lorakit.core.errors import Busy, DiskFailed, disk_failed
+
+Content = bytes | Iterable[bytes]
+"""A file's bytes, at once or in pieces."""
+
+_PIECE_BYTES = 16 * 2**20
+
+
+def sha256(path: Path) -> str:
+    """The hash of a file's bytes, in hex. Raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def described(path: Path) -> dict[str, Any]:
+    """Size and hash of a file, as a manifest lists it. Raises OSError."""
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+def write_new(path: Path, content: Content) -> dict[str, Any]:
+    """Write a new file and fsync it; returns size and sha256 of the bytes that were handed over. Raises OSError."""
+    digest, size_bytes = hashlib.sha256(), 0
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        for piece in (content,) if isinstance(content, bytes) else content:
+            write_all(descriptor, piece)
+            digest.update(piece)
+            size_bytes += len(piece)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    return {"bytes": size_bytes, "sha256": digest.hexdigest()}
+
+
+def write_all(descriptor: int, content: bytes) -> None:
+    """Write all of `content`, however little a call takes. Raises OSError."""
+    view = memoryview(content)
+    while view:
+        view = view[os.write(descriptor, view[:_PIECE_BYTES]) :]
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the names in a folder durable. Raises OSError."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Replace one small file, whole or not at all. Raises DiskFailed."""
+    stage = path.with_name(f".stage-{path.name}-{uuid.uuid4().hex}")
+    try:
+        try:
+            write_new(stage, content)
+            os.rename(stage, path)
+            fsync_folder(path.parent)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(stage)
+            raise
+    except OSError as error:
+        raise disk_failed(error, path) from error
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and its parents. Raises DiskFailed."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise disk_failed(error, path) from error
+
+
+@contextlib.contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Hold the lock file `path` for one process. Raises Busy where another one does, DiskFailed."""
+    try:
+        descriptor = _locked(path)
+    except OSError as error:
+        raise disk_failed(error, path) from error
+    try:
+        try:
+            os.ftruncate(descriptor, 0)
+            write_all(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
+        except OSError as error:
+            raise disk_failed(error, path) from error
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+        os.close(descriptor)
+
+
+def _locked(path: Path) -> int:
+    """The descriptor of the lock file, locked; it is the file that `path` still names (its last owner unlinks it)."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(descriptor, 4096).decode(errors="replace") or "another process"
+            os.close(descriptor)
+            raise Busy(
+                f"{path}: found the output held by {holder}, need it free",
+                "wait for that process, or choose another --output",
+            ) from None
+        except OSError:
+            os.close(descriptor)
+            raise
+        try:
+            if os.path.samestat(os.fstat(descriptor), path.stat()):
+                return descriptor
+        except FileNotFoundError:
+            pass
+        os.close(descriptor)
+
+
+def require_free_bytes(target: Path, needed_bytes: int) -> None:
+    """Raises DiskFailed before anything is written where `needed_bytes` can't fit beside `target`."""
+    folder = next(parent for parent in (target, *target.parents) if parent.is_dir())
+    free_bytes = shutil.disk_usage(folder).free
+    if free_bytes < needed_bytes:
+        raise DiskFailed(
+            f"{target}: found {free_bytes / 2**30:.2f} GiB free, need {needed_bytes / 2**30:.2f} GiB",
+            "free some space, or choose another folder with --output",
+        )
+
+
+class AppendedFile:
+    """A file of lines that grows during a run; each line is one write, so that a kill can tear only the last one."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise disk_failed(error, path) from error
+
+    def append(self, line: str) -> None:
+        self._call(write_all, line.encode() + b"\n")
+
+    def sync(self) -> None:
+        """On disk when it returns."""
+        self._call(os.fsync)
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+    def _call(self, function: Callable[..., None], *arguments: bytes) -> None:
+        try:
+            function(self._descriptor, *arguments)
+        except OSError as error:
+            raise disk_failed(error, self.path) from error

@@ -1,0 +1,14 @@
+"""What this machine and its environment variables say. The only file of the core that reads environment variables."""
+
+import os
+import sys
+from pathlib import Path
+
+
+def cache_folder() -> Path:
+    """Where everything cached lies: `$LORAKIT_CACHE`, else the platform's cache folder."""
+    if "LORAKIT_CACHE" in os.environ:
+        return Path(os.environ["LORAKIT_CACHE"]).expanduser().absolute()
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "lorakit"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "lorakit"

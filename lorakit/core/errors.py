@@ -1,0 +1,132 @@
+"""Every way a command fails on purpose: what was found, what was needed, what to do, and the exit code.
+
+LorakitError ─┬─ UsageError            2   an option, argument or settings file
+              ├─ InputRefused          3   data, a model or a folder that can't be used
+              ├─ ArtifactDamaged       4   a file that isn't what its manifest says
+              ├─ Mismatch              5   made from other data, another base or other settings
+              ├─ Busy                  6   another process holds the output
+              ├─ DiskFailed            7   full, read-only or failing storage
+              ├─ NonFinite             8   NaN or infinity where a number belongs
+              ├─ OutOfMemory           9
+              ├─ EnvironmentUnusable  11   a package or device that the command can't do without
+              ├─ HubFailed            12   the model hub or the network
+              └─ Stopped           75/130  stopped by a signal; the same command goes on
+"""
+
+import errno
+import os
+from enum import IntEnum
+from pathlib import Path
+
+
+class ExitCode(IntEnum):
+    """What a command's exit status means; an interface, listed in README."""
+
+    DONE = 0
+    BUG = 1
+    USAGE = 2
+    INPUT_REFUSED = 3
+    ARTIFACT_DAMAGED = 4
+    MISMATCH = 5
+    BUSY = 6
+    DISK = 7
+    NON_FINITE = 8
+    OUT_OF_MEMORY = 9
+    RANK_FAILED = 10
+    ENVIRONMENT = 11
+    HUB = 12
+    STOPPED = 75
+    INTERRUPTED = 130
+
+
+class LorakitError(Exception):
+    """A failure that the user can act on: `message` says what was found and needed, `hint` what to do."""
+
+    exit_code = ExitCode.BUG
+
+    def __init__(self, message: str, hint: str) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UsageError(LorakitError):
+    exit_code = ExitCode.USAGE
+
+
+class InputRefused(LorakitError):
+    exit_code = ExitCode.INPUT_REFUSED
+
+
+class ArtifactDamaged(LorakitError):
+    exit_code = ExitCode.ARTIFACT_DAMAGED
+
+
+class Mismatch(LorakitError):
+    exit_code = ExitCode.MISMATCH
+
+
+class Busy(LorakitError):
+    exit_code = ExitCode.BUSY
+
+
+class DiskFailed(LorakitError):
+    exit_code = ExitCode.DISK
+
+
+class NonFinite(LorakitError):
+    exit_code = ExitCode.NON_FINITE
+
+
+class OutOfMemory(LorakitError):
+    exit_code = ExitCode.OUT_OF_MEMORY
+
+
+class EnvironmentUnusable(LorakitError):
+    exit_code = ExitCode.ENVIRONMENT
+
+
+class HubFailed(LorakitError):
+    exit_code = ExitCode.HUB
+
+
+class Stopped(LorakitError):
+    """Stopped by a signal after a safe point: 75 for SIGTERM, 130 for Ctrl-C."""
+
+    exit_code = ExitCode.STOPPED
+
+    def __init__(self, message: str, hint: str, *, interrupted: bool = False) -> None:
+        super().__init__(message, hint)
+        if interrupted:
+            self.exit_code = ExitCode.INTERRUPTED
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, short enough for ours."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed: Python's, the GPU's, or torch's on the CPU, which has no class of its own."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+    )
+
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+def disk_failed(error: OSError, path: Path) -> DiskFailed:
+    """The error for an operating-system failure on `path`, with the hint that fits its errno."""
+    reason = error.strerror or str(error)
+    if error.errno in _FULL:
+        hint = "free some space or choose another folder with --output, then run the same command again"
+    elif error.errno in _FORBIDDEN:
+        hint = "use a path that you may read and write (for an output: --output)"
+    else:
+        hint = "check the disk, then run the same command again"
+    name = os.fsdecode(error.filename) if error.filename is not None else str(path)
+    return DiskFailed(f"{name}: found {reason!r}, need a folder that can be read and written", hint)

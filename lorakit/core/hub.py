@@ -1,0 +1,43 @@
+"""A model's name → a local folder: the folder itself, or a snapshot from the Hub."""
+
+import re
+from pathlib import Path
+
+from lorakit.core.errors import HubFailed, InputRefused, disk_failed, first_line
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
+
+
+def model_folder(name: str, timeout_seconds: float = 10.0) -> Path:
+    """The folder of a model or adapter; a hub id is downloaded (safetensors and JSON only) or found in the Hub's cache.
+
+    Raises InputRefused where `name` is neither, HubFailed where the Hub can't be reached or refuses.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    if Path(name).exists() or not _HUB_ID.fullmatch(name):
+        found = "a file" if Path(name).exists() else "no such folder"
+        raise InputRefused(f"{name}: found {found}, need a model folder or a hub id (owner/name)", "check the path")
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=_FILES, etag_timeout=timeout_seconds))
+    except errors.GatedRepoError:
+        raise HubFailed(
+            f"{name}: found a gated model, need your access to it",
+            f"accept its terms at huggingface.co/{name}, then `hf auth login` or set HF_TOKEN",
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise HubFailed(
+            f"{name}: found neither a local folder nor a model on the Hub, need one of them",
+            "check the spelling; for a private model, `hf auth login` or set HF_TOKEN",
+        ) from None
+    except (OSError, errors.HFValidationError, errors.HTTPError) as error:  # type: ignore[attr-defined]
+        if isinstance(error, OSError) and error.errno is not None:
+            raise disk_failed(error, Path(name)) from error
+        raise HubFailed(
+            f"{name}: found no such folder and no answer of the Hub ({first_line(error)}), need one of them",
+            "check the spelling or the network, or give a folder that holds the model",
+        ) from None

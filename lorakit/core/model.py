@@ -1,0 +1,249 @@
+"""Tokenizer and base model in, LoRA-wrapped model out."""
+
+import contextlib
+import hashlib
+import math
+import tempfile
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from lorakit.core.adapters import Adapter, match, open_adapter
+from lorakit.core.config import LoraSection
+from lorakit.core.errors import EnvironmentUnusable, InputRefused, first_line, is_out_of_memory
+from lorakit.core.events import Notice, Report
+from lorakit.core.hub import model_folder
+from lorakit.core.weights import Weights, open_weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model to talk with: `model` is a PeftModel where `adapter` isn't None."""
+
+    model: PreTrainedModel | PeftModel
+    tokenizer: "PreTrainedTokenizerBase"
+    adapter: Adapter | None
+
+
+@contextlib.contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """transformers' own progress bars and advice kept off the terminal: lorakit shows what matters itself."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers_logging.enable_progress_bar()
+        transformers_logging.set_verbosity(verbosity)
+
+
+def pick_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The number type of `--dtype`; auto is bf16 where the GPU has it, fp16 on older GPUs, fp32 on the CPU."""
+    if name != "auto":
+        return DTYPES[name]
+    if device.type == "cpu":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
+    """The tokenizer in a model folder. Raises InputRefused."""
+    try:
+        with quiet_libraries():
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
+        raise InputRefused(
+            f"{folder}: found no tokenizer that transformers can load ({first_line(error)}), need one",
+            "give a folder that holds tokenizer.json and tokenizer_config.json",
+        ) from None
+
+
+def tokenizer_files(tokenizer: "PreTrainedTokenizerBase") -> dict[str, bytes]:
+    """What `save_pretrained` writes for a tokenizer, name → bytes."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir()) if path.is_file()}
+
+
+def load_base(weights: Weights, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """The base model, frozen and in evaluation mode. Raises InputRefused where transformers can't build it whole."""
+    try:
+        with quiet_libraries():
+            model, loaded = AutoModelForCausalLM.from_pretrained(
+                weights.folder,
+                dtype=dtype,
+                attn_implementation="sdpa",
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise InputRefused(
+            f"{weights.folder}: found a model that transformers can't load ({first_line(error)}), "
+            "need an architecture that it knows itself",
+            "choose a model of the Llama family; code that comes with a model is never run",
+        ) from None
+    lacking = sorted(loaded["missing_keys"]) + sorted(str(key) for key in loaded["mismatched_keys"])
+    if lacking:
+        raise InputRefused(
+            f"{weights.folder}: found weights without {lacking[0]} ({len(lacking)} such), need every tensor",
+            "download the model again",
+        )
+    model.requires_grad_(False)
+    model.config.use_cache = False
+    return model.to(device).eval()
+
+
+def add_lora(base: PreTrainedModel, lora: LoraSection, seed: int, base_name: str) -> PeftModel:
+    """The base with new LoRA matrices in fp32, A drawn from (seed, tensor name) and B zero, so that any engine and any
+    number of processes starts from the same adapter.
+
+    Raises InputRefused where a target matches no linear layer, listing what there is.
+    """
+    targets = _checked_targets(base, lora.target_modules)
+    alpha = int(lora.lora_alpha) if lora.lora_alpha.is_integer() else lora.lora_alpha
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=alpha,
+        lora_dropout=lora.lora_dropout,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base_name,
+        inference_mode=False,
+    )
+    with quiet_libraries():
+        model = get_peft_model(base, config)
+    model.peft_config["default"].base_model_name_or_path = base_name
+    for name, parameter in lora_parameters(model).items():
+        if ".lora_A." in name:
+            seed_bytes = hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8]
+            generator = torch.Generator().manual_seed(int.from_bytes(seed_bytes, "little", signed=True))
+            # He et al. 2015 with a = √5, as peft does: uniform in ±1/√in
+            bound = 1 / math.sqrt(parameter.shape[1])
+            drawn = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
+            parameter.data.copy_(drawn)
+    return model
+
+
+def checkpoint_activations(model: PeftModel) -> None:
+    """Keep only each layer's input and compute the rest again in the backward pass (Chen et al. 2016)."""
+    with quiet_libraries():  # the newest transformers warns that it will rename this, the oldest knows no other name
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+
+
+def lora_parameters(model: PeftModel) -> dict[str, torch.nn.Parameter]:
+    """The trained parameters by the name that they have in PEFT's files."""
+    return {
+        name.replace(".default.", "."): parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def _checked_targets(base: PreTrainedModel, names: tuple[str, ...]) -> str | list[str]:
+    head = base.get_output_embeddings()
+    linears = {name: module for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)}
+    inner = {name for name, module in linears.items() if module is not head}
+    if names == ("all-linear",):
+        return "all-linear"
+    for target in names:
+        matched = [name for name in linears if name == target or name.endswith(f".{target}")]
+        if not matched:
+            there_are = sorted({name.rsplit(".", 1)[-1] for name in inner})
+            raise InputRefused(
+                f"target_modules: found {target!r}, which matches no linear layer; need some of {', '.join(there_are)}",
+                "correct --target-modules, or leave it out: all-linear",
+            )
+        if any(linears[name] is head for name in matched) and base.config.tie_word_embeddings:
+            raise InputRefused(
+                f"target_modules: found {target!r}, whose weight is the embedding's too; need layers of their own",
+                "leave it out of --target-modules",
+            )
+    return sorted(names)
+
+
+def open_model(name: str, base_name: str | None, dtype: str, report: Report) -> Opened:
+    """An adapter on its base, or a base or merged model, ready for evaluation, with its tokenizer.
+
+    Raises InputRefused, Mismatch (an adapter for another base), ArtifactDamaged, HubFailed.
+    """
+    device = pick_device()
+    folder = model_folder(name)
+    if (folder / "config.json").is_file():
+        if base_name is not None:
+            raise InputRefused(
+                f"{name}: found a whole model, need an adapter where --base is given", "leave out --base"
+            )
+        base = load_base(open_weights(folder), pick_dtype(dtype, device), device)
+        return Opened(base, load_tokenizer(folder), None)
+    adapter = open_adapter(folder, report)
+    weights = open_weights(base_folder(adapter, base_name))
+    match(adapter, weights)
+    model = wrap(load_base(weights, pick_dtype(dtype, device), device), adapter)
+    own_tokenizer = (folder / "tokenizer.json").is_file()
+    return Opened(model, load_tokenizer(folder if own_tokenizer else weights.folder), adapter)
+
+
+def base_folder(adapter: Adapter, base_name: str | None) -> Path:
+    """The folder of an adapter's base: the one given, else the one that the adapter names."""
+    name = base_name or adapter.base_name
+    if not name:
+        raise InputRefused(f"{adapter.folder}: found no base named in the adapter, need one", "give it with --base")
+    try:
+        return model_folder(name)
+    except InputRefused as error:
+        raise InputRefused(error.message, "give the base with --base") from None
+
+
+def wrap(base: PreTrainedModel, adapter: Adapter) -> PeftModel:
+    """The base with an adapter from disk, by peft itself."""
+    with quiet_libraries():
+        model = PeftModel.from_pretrained(base, str(adapter.folder), local_files_only=True)
+    return model.eval()
+
+
+def require_vocabulary(model: Any, largest_id: int, place: Path) -> None:
+    """Raises InputRefused where blocks hold token ids that the model doesn't know."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    if largest_id >= vocabulary:
+        raise InputRefused(
+            f"{place}: found the token id {largest_id}, need ids below the model's {vocabulary}",
+            "prepare the blocks with this model's tokenizer",
+        )
+
+
+def require_device(dtype: torch.dtype, device: torch.device, report: Report) -> None:
+    """Says what a dtype means on this device. Raises EnvironmentUnusable where it can't be trained in."""
+    if (
+        device.type == "cuda"
+        and dtype is torch.bfloat16
+        and not torch.cuda.is_bf16_supported(including_emulation=False)
+    ):
+        raise EnvironmentUnusable(
+            f"--dtype bf16: found {torch.cuda.get_device_name()}, need a GPU that computes in bf16", "use --dtype fp16"
+        )
+    if device.type == "cpu" and dtype is not torch.float32:
+        report(Notice("16-bit on a CPU is slower than fp32; it is for trying things out"))

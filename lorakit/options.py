@@ -1,0 +1,132 @@
+"""Config models → command-line options, and back: one place, one precedence (default < --config file < option).
+
+Every option reaches typer as text; the config checks it, so that all problems are reported at once and in one voice.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import typer
+import yaml
+
+from lorakit.console import Console
+from lorakit.core.artifacts import SETTINGS
+from lorakit.core.config import (
+    ChatConfig,
+    DemoConfig,
+    EvaluateConfig,
+    MergeConfig,
+    PrepareConfig,
+    Setting,
+    StepConfig,
+    TrainConfig,
+    option_name,
+)
+from lorakit.core.errors import UsageError, disk_failed
+
+RUN_PANEL = "This command"
+
+CONFIGS: Mapping[str, type[StepConfig]] = {
+    "prepare": PrepareConfig,
+    "train": TrainConfig,
+    "merge": MergeConfig,
+    "chat": ChatConfig,
+    "evaluate": EvaluateConfig,
+    "demo": DemoConfig,
+}
+
+
+def command(name: str, body: Callable[..., None]) -> Callable[..., None]:
+    """What typer registers for a command: `body`'s docstring as help, an option for every setting of its config."""
+    config_class = CONFIGS[name]
+    settings = config_class.settings()
+
+    def run(config_file: Path | None, json: bool, quiet: bool, **given: Any) -> None:
+        console = Console(json=json, quiet=quiet)
+        layers = [(str(config_file), read_settings(config_file))] if config_file is not None else []
+        typed = {name: value for name, value in given.items() if value is not None and value != []}
+        body(config_class.resolve(*layers, (None, typed)), console)
+
+    parameters = [_parameter(setting) for setting in settings.values()]
+    parameters += [
+        _flag(
+            "config_file", Path | None, None, "--config", "Settings file (YAML), or a folder that holds one.", "FILE"
+        ),
+        _flag("json", bool, False, "--json", "Print one JSON object on stdout, and nothing else there."),
+        _flag("quiet", bool, False, "--quiet", "No progress and no hints; errors are still printed."),
+    ]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    run.__doc__ = body.__doc__
+    return run
+
+
+def _parameter(setting: Setting) -> inspect.Parameter:
+    kind, extra = setting.kind, setting.extra
+    if extra["positional"]:
+        argument = typer.Argument(help=setting.help, metavar=extra["metavar"], show_default=False)
+        return _keyword(setting.name, str | None, None, argument)
+    names = [option_name(setting.name)] + ([extra["short"]] if extra["short"] else [])
+    annotation: Any = str | None
+    if kind is bool:
+        annotation = bool | None
+        if setting.field.default:  # a switch that is off needs no way to turn it off
+            names = [f"{names[0]}/--no-{names[0][2:]}"]
+    elif setting.repeated:
+        annotation = list[str] | None
+    completions = list(get_args(kind)) if get_origin(kind) is Literal else None
+    option = typer.Option(
+        *names,
+        help=setting.help,
+        metavar=None if kind is bool else extra["metavar"] or _metavar(kind, completions),
+        show_default=False,
+        rich_help_panel=setting.title,
+        autocompletion=(lambda: completions) if completions else None,
+    )
+    return _keyword(setting.name, annotation, None, option)
+
+
+def _metavar(kind: Any, choices: list[str] | None) -> str:
+    if choices:
+        return "|".join(choices)
+    return {int: "N", float: "X"}.get(kind if kind in (int, float) else None, "TEXT")  # type: ignore[arg-type]
+
+
+def _flag(name: str, kind: Any, default: Any, option: str, help: str, metavar: str | None = None) -> inspect.Parameter:
+    shown = typer.Option(option, help=help, metavar=metavar, show_default=False, rich_help_panel=RUN_PANEL)
+    return _keyword(name, kind, default, shown)
+
+
+def _keyword(name: str, kind: Any, default: Any, info: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info])
+
+
+def read_settings(path: Path) -> Mapping[str, object]:
+    """The flat settings in a YAML file, or in the `lorakit.yaml` of a folder. Raises UsageError, DiskFailed."""
+    file = path / SETTINGS if path.is_dir() else path
+    hint = "give a file of `name: value` lines, as every lorakit output holds one: " + SETTINGS
+    try:
+        content = yaml.load(file.read_text(encoding="utf-8"), Loader=_UniqueKeys)
+    except FileNotFoundError:
+        raise UsageError(f"--config {path}: found no such file, need a settings file", hint) from None
+    except OSError as error:
+        raise disk_failed(error, file) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"--config {file}: found {reason}, need YAML", hint) from None
+    if not isinstance(content, dict):
+        raise UsageError(f"--config {file}: found {type(content).__name__}, need names with values", hint)
+    return content
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML's safe subset, where a key that stands twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} twice", node.start_mark)
+        return super().construct_mapping(node, deep)

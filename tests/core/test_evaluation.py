@@ -1,0 +1,182 @@
+"""The loss: which tokens count, that packed documents never see each other, and what evaluate reports."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lorakit.core.blocks import Batch, Blocks
+from lorakit.core.evaluation import loss_sum
+from tests.conftest import Ran
+
+Cli = Callable[..., Ran]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_llama: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
+
+
+@pytest.fixture
+def blocks_folder(cli: Cli, tiny_llama: Path, rows_file: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / "blocks"
+    assert cli("prepare", rows_file, "--tokenizer", tiny_llama, "--block-size", 256, "--output", folder).code == 0
+    return folder
+
+
+def make_batch(lengths: list[int], size: int, seed: int = 0) -> Batch:
+    """Random documents of these lengths packed into one block, every second token trained."""
+    random = np.random.default_rng(seed)
+    positions = np.concatenate([np.arange(length) for length in [*lengths, size - sum(lengths)]])
+    trained = (np.arange(size) % 2 == 0) & (positions > 0) & (np.arange(size) < sum(lengths))
+    ids = random.integers(0, 256, size)
+    return Batch(ids[None], positions[None].astype(np.int64), trained[None])
+
+
+def test_a_packed_blocks_loss_is_that_of_each_document_alone(model: Any, blocks_folder: Path) -> None:
+    blocks = Blocks(blocks_folder)
+    for index in range(len(blocks)):
+        tokens, trained, document = blocks.arrays(index)
+        alone = 0.0
+        for number in np.unique(document):
+            ids = torch.from_numpy(tokens[document == number].astype(np.int64))[None]
+            logits = model(input_ids=ids).logits[0].double()
+            counts = np.flatnonzero(trained[document == number])
+            log_probabilities = torch.log_softmax(logits, dim=-1)
+            alone -= sum(float(log_probabilities[t - 1, ids[0, t]].detach()) for t in counts)
+        assert loss_sum(model, blocks.batch([index])).item() == pytest.approx(alone, rel=1e-5)
+
+
+def test_blocks_together_lose_what_they_lose_one_by_one(model: Any, blocks_folder: Path) -> None:
+    blocks = Blocks(blocks_folder)
+    apart = sum(loss_sum(model, blocks.batch([index])).item() for index in range(len(blocks)))
+    together = loss_sum(model, blocks.batch(range(len(blocks)))).item()
+    assert together == pytest.approx(apart, rel=1e-5)
+
+
+def test_changing_one_document_leaves_the_others_logits_alone(model: Any) -> None:
+    """Bit for bit: what stands in document A can't be seen from document B."""
+    batch = make_batch([20, 30, 14], 64)
+    other = batch.ids_BT.copy()
+    other[0, 20:50] = (other[0, 20:50] + 7) % 256
+    positions = torch.from_numpy(batch.positions_BT)
+    with torch.no_grad():
+        one = model(input_ids=torch.from_numpy(batch.ids_BT), position_ids=positions, use_cache=False).logits[0]
+        two = model(input_ids=torch.from_numpy(other), position_ids=positions, use_cache=False).logits[0]
+    assert torch.equal(one[:20], two[:20])
+    assert torch.equal(one[50:], two[50:])
+    assert not torch.equal(one[20:50], two[20:50])
+
+
+@pytest.mark.parametrize("position", range(1, 40, 3))
+def test_a_label_counts_exactly_where_it_is_trained(model: Any, position: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The label of one position is changed, its input isn't: the loss moves if and only if the token is trained."""
+    from lorakit.core import evaluation
+
+    batch = make_batch([40, 24], 64)
+    before = loss_sum(model, batch).item()
+    ids = torch.from_numpy(batch.ids_BT)
+    labels = ids.clone()
+    labels[0, position] = (labels[0, position] + 1) % 256
+    original = evaluation.cross_entropy
+
+    def with_changed_label(logits: torch.Tensor, targets: torch.Tensor, **how: Any) -> torch.Tensor:
+        assert torch.equal(targets, ids[0][batch.trained_BT[0]])
+        return original(logits, labels[0][batch.trained_BT[0]], **how)
+
+    monkeypatch.setattr(evaluation, "cross_entropy", with_changed_label)
+    changed = loss_sum(model, batch).item() != before
+    assert changed is bool(batch.trained_BT[0, position])
+
+
+def test_prompt_and_padding_have_no_gradient_of_their_own(model: Any, blocks_folder: Path) -> None:
+    """The loss pulls on exactly the positions that predict a trained token, seen from outside through the logits."""
+    blocks = Blocks(blocks_folder)
+    batch = blocks.batch([0])
+    seen: dict[str, torch.Tensor] = {}
+
+    class Watched(torch.nn.Module):
+        def get_input_embeddings(self) -> Any:
+            return model.get_input_embeddings()
+
+        def forward(self, logits_to_keep: torch.Tensor, **inputs: Any) -> Any:
+            output = model(**inputs)
+            output.logits.retain_grad()
+            seen["logits"] = output.logits
+            output.logits = output.logits[:, logits_to_keep]
+            return output
+
+    loss_sum(Watched(), batch).backward()
+    pulled = seen["logits"].grad[0].abs().sum(dim=-1) > 0  # type: ignore[union-attr]
+    _, trained, _ = blocks.arrays(0)
+    expected = np.append(trained[1:].astype(bool), False)
+    assert np.array_equal(pulled.numpy(), expected)
+
+
+def test_a_batch_without_trained_tokens_loses_nothing(model: Any) -> None:
+    batch = make_batch([64], 64)
+    silent = Batch(batch.ids_BT, batch.positions_BT, np.zeros_like(batch.trained_BT))
+    assert loss_sum(model, silent).item() == 0.0
+
+
+def test_evaluate_puts_the_base_beside_the_adapter(
+    cli: Cli, tiny_llama: Path, blocks_folder: Path, tmp_path: Path
+) -> None:
+    base = cli("evaluate", tiny_llama, "--blocks", blocks_folder, "--json").json
+    assert base["base_loss"] is None
+    run = tmp_path / "run"
+    cli(
+        "train",
+        "--model",
+        tiny_llama,
+        "--blocks",
+        blocks_folder,
+        "--output",
+        run,
+        "--max-steps",
+        15,
+        "--learning-rate",
+        5e-3,
+    )
+    adapter = cli("evaluate", run, "--blocks", blocks_folder, "--batch-size", 3, "--json").json
+    assert adapter["base_loss"] == pytest.approx(base["loss"], rel=1e-5)
+    assert adapter["loss"] < 0.95 * base["loss"]
+    assert adapter["perplexity"] == pytest.approx(math.exp(adapter["loss"]))
+    trained = sum(int(Blocks(blocks_folder).arrays(index)[1].sum()) for index in range(len(Blocks(blocks_folder))))
+    assert adapter["tokens"] == base["tokens"] == trained
+    shown = cli("evaluate", run, "--blocks", blocks_folder)
+    assert f"{adapter['loss']:.4f}" in shown.out
+    assert "its base" in shown.out
+
+
+def test_blocks_of_a_larger_vocabulary_are_refused(cli: Cli, blocks_folder: Path, tmp_path: Path) -> None:
+    from tests.conftest import make_llama
+
+    small = make_llama(tmp_path / "small", vocab_size=200, eos_token_id=1, bos_token_id=1, pad_token_id=1)
+    ran = cli("evaluate", small, "--blocks", blocks_folder)
+    assert ran.code == 3
+    assert "need ids below the model's 200" in ran.err
+
+
+def test_a_loss_that_is_not_a_number_is_an_error(
+    cli: Cli, tiny_llama: Path, blocks_folder: Path, tmp_path: Path
+) -> None:
+    import safetensors.torch
+
+    from tests.conftest import make_llama
+
+    broken = make_llama(tmp_path / "broken")
+    tensors = safetensors.torch.load((broken / "model.safetensors").read_bytes())
+    tensors["model.norm.weight"][:] = math.nan
+    (broken / "model.safetensors").write_bytes(safetensors.torch.save(tensors, metadata={"format": "pt"}))
+    ran = cli("evaluate", broken, "--blocks", blocks_folder, "--json")
+    assert ran.code == 8
+    assert ran.out == ""
+    assert "found a loss of nan" in json.dumps(ran.err)

@@ -1,0 +1,356 @@
+"""The training loop: what it computes, that it goes on exactly, and what it never does."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from lorakit.core import training
+from lorakit.core.blocks import Blocks
+from lorakit.core.training import Schedule
+from tests.conftest import Ran, make_llama
+
+Cli = Callable[..., Ran]
+
+
+@pytest.fixture
+def blocks(cli: Cli, tiny_llama: Path, rows_file: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / "blocks"
+    assert cli("prepare", rows_file, "--tokenizer", tiny_llama, "--block-size", 128, "--output", folder).code == 0
+    return folder
+
+
+@pytest.fixture
+def train(cli: Cli, tiny_llama: Path, blocks: Path, tmp_path: Path) -> Callable[..., Ran]:
+    """Train on the tiny blocks: train("name", options…) writes tmp_path/name."""
+
+    def run(name: str, *options: object, model: Path = tiny_llama) -> Ran:
+        given = ("--model", model, "--blocks", blocks, "--output", tmp_path / name, "--learning-rate", "5e-3", "--json")
+        return cli("train", *given, *options)
+
+    return run
+
+
+def adapter_bytes(folder: Path) -> bytes:
+    return (folder / "adapter_model.safetensors").read_bytes()
+
+
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_loss_falls_and_the_result_says_so(train: Callable[..., Ran], tmp_path: Path) -> None:
+    ran = train("run", "--max-steps", 30)
+    assert ran.code == 0
+    assert ran.json["last_loss"] < 0.9 * ran.json["first_loss"]
+    assert ran.json["steps"] == 30
+    assert len(losses(tmp_path / "run")) == 30
+    assert losses(tmp_path / "run")[-1] == ran.json["last_loss"]
+
+
+def test_each_line_of_metrics_has_the_documented_keys(train: Callable[..., Ran], tmp_path: Path) -> None:
+    train("run", "--max-steps", 4, "--logging-steps", 3)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [3, 4]
+    assert set(lines[0]) == {"step", "loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_bytes"}
+
+
+def test_the_first_loss_is_the_bases_own(train: Callable[..., Ran], tiny_llama: Path, blocks: Path) -> None:
+    """B begins at zero, so the first step sees the base: checked against transformers' own loss, block by block."""
+    from transformers import AutoModelForCausalLM
+
+    ran = train("run", "--max-steps", 1, "--batch-size", 3)
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    opened = Blocks(blocks)
+    total, count = 0.0, 0
+    for index in Schedule(len(opened), 3, 3, 0).blocks_of_step(0):
+        tokens, trained, document = (array.astype(np.int64) for array in opened.arrays(index))
+        for number in np.unique(document):
+            ids = torch.from_numpy(tokens[document == number])[None]
+            labels = torch.where(torch.from_numpy(trained[document == number])[None] == 1, ids, -100)
+            targets = int((labels[:, 1:] != -100).sum())
+            if targets:
+                total += model(input_ids=ids, labels=labels).loss.item() * targets
+                count += targets
+    assert ran.json["first_loss"] == pytest.approx(total / count, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options", [(), ("--lora-dropout", "0.3"), ("--batch-size", 2, "--lr-scheduler-type", "cosine")]
+)
+def test_a_stopped_run_goes_on_to_the_bytes_of_one_that_was_not(
+    train: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[object, ...]
+) -> None:
+    steps = ("--max-steps", 9, "--save-steps", 4, *options)
+    train("whole", *steps)
+    original, calls = training._Run._step, 0
+
+    def stop_at_sixth(run: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 6:
+            raise KeyboardInterrupt
+        return original(run)
+
+    monkeypatch.setattr(training._Run, "_step", stop_at_sixth)
+    assert train("stopped", *steps).code == 130
+    monkeypatch.setattr(training._Run, "_step", original)
+    ran = train("stopped", *steps)
+    assert ran.json["resumed_from"] == 4
+    assert adapter_bytes(tmp_path / "stopped") == adapter_bytes(tmp_path / "whole")
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+
+
+def test_an_asked_stop_saves_the_step_and_exits_75(
+    train: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import os
+    import signal
+
+    original = training._Run._step
+
+    def signalled(run: Any) -> Any:
+        line = original(run)
+        if run.state.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return line
+
+    monkeypatch.setattr(training._Run, "_step", signalled)
+    stopped = train("run", "--max-steps", 5)
+    assert stopped.code == 75
+    assert "stopped after step 3 of 5" in stopped.err
+    assert (tmp_path / "run" / "checkpoints" / "step-00000003" / "lorakit.json").is_file()
+    monkeypatch.setattr(training._Run, "_step", original)
+    assert train("run", "--max-steps", 5).json["resumed_from"] == 3
+
+
+def test_accumulated_micro_steps_give_the_gradient_of_the_whole_batch(
+    train: Callable[..., Ran], tmp_path: Path
+) -> None:
+    """The loss is over the trained tokens of the step, however unevenly they lie in its micro-steps."""
+    train("whole", "--max-steps", 3, "--batch-size", 6)
+    train("parts", "--max-steps", 3, "--batch-size", 2, "--effective-batch-size", 6)
+    train("singles", "--max-steps", 3, "--gradient-accumulation-steps", 6)
+    whole = safetensors.torch.load(adapter_bytes(tmp_path / "whole"))
+    for name in ("parts", "singles"):
+        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
+        for key, tensor in safetensors.torch.load(adapter_bytes(tmp_path / name)).items():
+            torch.testing.assert_close(tensor, whole[key], rtol=1e-3, atol=2e-5)
+
+
+def test_recomputing_activations_changes_nothing(train: Callable[..., Ran], tmp_path: Path) -> None:
+    train("with", "--max-steps", 3, "--lora-dropout", "0.2", "--gradient-checkpointing")
+    train("without", "--max-steps", 3, "--lora-dropout", "0.2", "--no-gradient-checkpointing")
+    assert losses(tmp_path / "with") == pytest.approx(losses(tmp_path / "without"), rel=1e-6)
+
+
+def test_only_the_lora_matrices_learn(train: Callable[..., Ran], tmp_path: Path, tiny_llama: Path) -> None:
+    before = (tiny_llama / "model.safetensors").read_bytes()
+    train("run", "--max-steps", 2, "--target-modules", "q_proj,down_proj")
+    assert (tiny_llama / "model.safetensors").read_bytes() == before
+    tensors = safetensors.torch.load(adapter_bytes(tmp_path / "run"))
+    assert {name.split(".")[-3] for name in tensors} == {"q_proj", "down_proj"}
+    assert len(tensors) == 2 * 2 * 2
+    assert all(tensor.abs().max() > 0 for tensor in tensors.values())
+
+
+def test_lora_a_depends_on_the_seed_and_the_name_alone(train: Callable[..., Ran], tmp_path: Path) -> None:
+    """A layer's A is the same whether or not other layers have LoRA too; another seed gives another."""
+    learns_nothing = ("--max-steps", 1, "--learning-rate", "1e-30")
+    train("all", *learns_nothing)
+    train("some", *learns_nothing, "--target-modules", "q_proj")
+    train("other", *learns_nothing, "--seed", 1)
+    key = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
+    everything, some, other = (
+        safetensors.torch.load(adapter_bytes(tmp_path / name)) for name in ("all", "some", "other")
+    )
+    assert torch.equal(everything[key], some[key])
+    assert not torch.equal(everything[key], other[key])
+    bound = 1 / math.sqrt(everything[key].shape[1])
+    assert 0.8 * bound < float(everything[key].abs().max()) <= bound
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_sixteen_bit_bases_learn_too(train: Callable[..., Ran], tmp_path: Path, dtype: str) -> None:
+    ran = train("run", "--max-steps", 25, "--dtype", dtype)
+    assert ran.code == 0, ran.err
+    assert "slower than fp32" in ran.err
+    assert ran.json["last_loss"] < 0.9 * ran.json["first_loss"]
+    tensors = safetensors.torch.load(adapter_bytes(tmp_path / "run"))
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+
+
+def test_fp16_overflow_repeats_the_step_with_a_smaller_scale(
+    train: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A loss scale that overflows every gradient is halved until it doesn't; no step is lost to it."""
+    state = training._State
+    monkeypatch.setattr(training, "_State", lambda **given: state(**{"loss_scale": 2.0**40, **given}))
+    ran = train("run", "--max-steps", 3, "--dtype", "fp16")
+    assert ran.code == 0, ran.err
+    saved = json.loads((tmp_path / "run" / "checkpoints" / "step-00000003" / "state.json").read_text())
+    assert saved["loss_scale"] < 2.0**40
+    assert len(losses(tmp_path / "run")) == 3
+
+
+@pytest.mark.parametrize("bad_step", [1, 3, 4])
+def test_a_step_that_is_not_finite_ends_the_run_before_it_is_saved(
+    train: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad_step: int
+) -> None:
+    original, calls = training.loss_sum, 0
+
+    def poisoned(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return original(*arguments) * (math.nan if calls == bad_step else 1)
+
+    monkeypatch.setattr(training, "loss_sum", poisoned)
+    ran = train("run", "--max-steps", 6, "--save-steps", 2)
+    assert ran.code == 8
+    assert f"step {bad_step}: found loss nan" in ran.err
+    assert not (tmp_path / "run" / "lorakit.json").exists()
+    for checkpoint in (tmp_path / "run" / "checkpoints").glob("step-*"):
+        assert int(checkpoint.name[5:]) < bad_step
+        tensors = safetensors.torch.load((checkpoint / "adapter_model.safetensors").read_bytes())
+        assert all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values())
+    monkeypatch.setattr(training, "loss_sum", original)
+    assert train("run", "--max-steps", 6, "--save-steps", 2).code == 0
+
+
+def test_an_infinite_gradient_under_a_finite_loss_is_caught(
+    train: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(math.inf))
+    ran = train("run", "--max-steps", 2)
+    assert ran.code == 8
+    assert "gradient norm inf" in ran.err
+
+
+def test_out_of_memory_says_what_to_lower(train: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(training, "loss_sum", full)
+    ran = train("run", "--max-steps", 2)
+    assert ran.code == 9
+    assert "Tried to allocate 2.00 GiB" in ran.err
+    assert "--batch-size" in ran.err
+
+
+def test_the_same_command_on_a_finished_run_is_already_done(train: Callable[..., Ran], tmp_path: Path) -> None:
+    first = train("run", "--max-steps", 2)
+    stamp = (tmp_path / "run" / "lorakit.json").stat().st_mtime_ns
+    again = train("run", "--max-steps", 2, "--save-steps", 1)  # how often it saves decides nothing
+    assert again.code == 0
+    assert again.json["already_done"] is True
+    assert again.json["last_loss"] == first.json["last_loss"]
+    assert (tmp_path / "run" / "lorakit.json").stat().st_mtime_ns == stamp
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_other_settings_on_a_run_are_refused_and_named(
+    train: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: bool
+) -> None:
+    train("run", "--max-steps", 4, "--save-steps", 2)
+    if not finished:
+        (tmp_path / "run" / "lorakit.json").unlink()
+        for path in (tmp_path / "run").iterdir():
+            if path.name not in ("checkpoints", "metrics.jsonl"):
+                path.unlink()
+    ran = train("run", "--max-steps", 4, "--rank", 4)
+    assert ran.code == 5
+    assert "rank: found 16, asked for 4" in ran.err
+
+
+def test_overwrite_keeps_the_old_run_until_the_new_one_is_whole(
+    train: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train("run", "--max-steps", 2)
+    old = adapter_bytes(tmp_path / "run")
+    original = training._Run._finish
+
+    def dies(run: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training._Run, "_finish", dies)
+    assert train("run", "--max-steps", 3, "--overwrite").code == 130
+    assert adapter_bytes(tmp_path / "run") == old
+    monkeypatch.setattr(training._Run, "_finish", original)
+    ran = train("run", "--max-steps", 3, "--overwrite")
+    assert ran.json["resumed_from"] == 3
+    assert ran.json["path"] == str(tmp_path / "run")
+    assert len(losses(tmp_path / "run")) == 3
+    assert [path.name for path in tmp_path.glob("run*")] == ["run"]
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_kept(
+    train: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train("whole", "--max-steps", 6, "--save-steps", 2)
+    monkeypatch.setattr(training._Run, "_finish", lambda run: (_ for _ in ()).throw(KeyboardInterrupt))
+    train("run", "--max-steps", 6, "--save-steps", 2)
+    monkeypatch.undo()
+    newest = tmp_path / "run" / "checkpoints" / "step-00000006" / "optimizer.safetensors"
+    damaged = bytearray(newest.read_bytes())
+    damaged[-1] ^= 1
+    newest.write_bytes(damaged)
+    ran = train("run", "--max-steps", 6, "--save-steps", 2)
+    assert ran.json["resumed_from"] == 4
+    assert "passed over a damaged checkpoint" in ran.err
+    assert len(list((tmp_path / "run" / "checkpoints").glob("bad-step-00000006-*"))) == 1
+    assert adapter_bytes(tmp_path / "run") == adapter_bytes(tmp_path / "whole")
+
+
+def test_an_epoch_sees_every_block_once_in_an_order_of_its_own() -> None:
+    schedule = Schedule(num_blocks=7, blocks_per_step=3, total_blocks=21, seed=5)
+    seen = [block for step in range(schedule.steps) for block in schedule.blocks_of_step(step)]
+    epochs = [seen[at : at + 7] for at in range(0, 21, 7)]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    other = Schedule(num_blocks=7, blocks_per_step=3, total_blocks=21, seed=6)
+    assert [other.blocks_of_step(step) for step in range(7)] != [schedule.blocks_of_step(step) for step in range(7)]
+
+
+def test_the_last_step_takes_what_is_left(train: Callable[..., Ran], blocks: Path) -> None:
+    count = len(Blocks(blocks))
+    assert train("run", "--batch-size", 5).json["steps"] == math.ceil(count / 5)
+
+
+def test_the_learning_rate_rises_then_falls_to_its_end(train: Callable[..., Ran], tmp_path: Path) -> None:
+    train("run", "--max-steps", 10, "--warmup-ratio", "0.4", "--learning-rate", "1e-3")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    rates = [line["learning_rate"] * 1e3 for line in lines]
+    assert rates == pytest.approx([1 / 4, 2 / 4, 3 / 4, 1, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
+
+
+def test_the_adapter_loads_with_plain_peft(train: Callable[..., Ran], tmp_path: Path, tiny_llama: Path) -> None:
+    """peft's own model on transformers' own base gives the loss that the run ended near."""
+    from peft import AutoPeftModelForCausalLM, PeftModel
+    from transformers import AutoModelForCausalLM
+
+    train("run", "--max-steps", 20)
+    ids = torch.arange(40)[None]
+    by_name = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "run")
+    by_hand = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), tmp_path / "run")
+    with torch.no_grad():
+        one, two = by_name(input_ids=ids).logits, by_hand(input_ids=ids).logits
+        with by_hand.disable_adapter():
+            base = by_hand(input_ids=ids).logits
+    torch.testing.assert_close(one, two)
+    assert (one - base).abs().max() > 0.1
+
+
+def test_a_gated_or_odd_model_is_refused_before_training(
+    train: Callable[..., Ran], tmp_path: Path, tiny_llama: Path
+) -> None:
+    tied = make_llama(tmp_path / "tied", tie_word_embeddings=True)
+    ran = train("run", "--max-steps", 1, "--target-modules", "lm_head", model=tied)
+    assert ran.code == 3
+    assert "whose weight is the embedding's too" in ran.err
+    assert train("run2", "--max-steps", 1, "--target-modules", "lm_head").code == 0
