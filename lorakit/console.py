@@ -28,8 +28,8 @@ class Console:
 
     def __init__(self, *, json: bool = False, quiet: bool = False) -> None:
         self.json, self.quiet = json, quiet
-        self._out = RichConsole(highlight=False, soft_wrap=True)
-        self._err = RichConsole(stderr=True, highlight=False, soft_wrap=True)
+        self._out = _Stream(highlight=False, soft_wrap=True)
+        self._err = _Stream(stderr=True, highlight=False, soft_wrap=True)
         self._bar: Any = None
         self._last_line = time.monotonic()
 
@@ -57,33 +57,31 @@ class Console:
         """The command's result: the JSON object with --json, else nothing (what was said before is the result)."""
         self.stop_progress()
         if self.json:
-            with _closed_pipe_is_fine():
-                print(json.dumps(facts, ensure_ascii=False, default=str), flush=True)  # noqa: T201
+            self._print(self._out, Text(json.dumps(facts, ensure_ascii=False, default=str)))
 
     def summary(self, facts: Mapping[str, str]) -> None:
         """A few named figures, on stdout."""
         self.stop_progress()
         if self.json:
             return
-        from rich.table import Table
-
-        table = Table.grid(padding=(0, 2))
-        for name, value in facts.items():
-            table.add_row(Text(name, style="bold"), Text(value))
-        self._print(self._out, table)
+        self._rows([[Text(name, style="bold"), Text(value)] for name, value in facts.items()])
 
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """A table on stdout."""
         if self.json:
             return
-        from rich.table import Table
+        self.say(title)
+        self._rows([[Text(name, style="bold") for name in header], *([Text(cell) for cell in row] for row in rows)])
 
-        table = Table(title=Text(title), title_justify="left")
-        for name in header:
-            table.add_column(Text(name), overflow="fold")
+    def _rows(self, rows: Sequence[Sequence[Text]]) -> None:
+        """Aligned columns, a line a row however long it is: a path that is cut or folded can't be copied."""
+        widths = [max(cell.cell_len for cell in column) for column in zip(*rows, strict=True)]
         for row in rows:
-            table.add_row(*[Text(cell) for cell in row])
-        self._print(self._out, table)
+            line = Text()
+            for cell, width in zip(row, widths, strict=True):
+                line.append_text(cell).append(" " * (width - cell.cell_len + 2))
+            line.rstrip()
+            self._print(self._out, line)
 
     def curve(self, title: str, values: Sequence[float], height: int = 8, width: int = 60) -> None:
         """A line of numbers as a small picture on stdout; each column is the mean of its share of the values."""
@@ -157,21 +155,18 @@ class Console:
             self._bar.stop()
             self._bar = None
 
-    def _print(self, console: RichConsole, what: Any, end: str = "\n") -> None:
-        with _closed_pipe_is_fine():
-            console.print(what, end=end)
+    def _print(self, console: "_Stream", what: Any, end: str = "\n") -> None:
+        console.print(what, end=end)
 
 
-@contextlib.contextmanager
-def _closed_pipe_is_fine() -> Iterator[None]:
-    """A reader that went away (`| head`) ends no run: what is printed after that goes nowhere."""
-    try:
-        yield
-    except BrokenPipeError:
+class _Stream(RichConsole):
+    """A stream whose reader may go away (`| head`): that ends no run, and what is printed after it goes nowhere."""
+
+    def on_broken_pipe(self) -> None:
         nowhere = os.open(os.devnull, os.O_WRONLY)
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):
-                os.dup2(nowhere, stream.fileno())
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(nowhere, self.file.fileno())
+        os.close(nowhere)
 
 
 class Signals:

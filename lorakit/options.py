@@ -113,7 +113,7 @@ def read_settings(path: Path) -> Mapping[str, object]:
         raise UsageError(f"--config {path}: found no such file, need a settings file", hint) from None
     except OSError as error:
         raise disk_failed(error, file) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or a date like 2020-13-45
         reason = " ".join(str(error).split())
         raise UsageError(f"--config {file}: found {reason}, need YAML", hint) from None
     if not isinstance(content, dict):

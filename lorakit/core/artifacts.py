@@ -337,7 +337,7 @@ def remove(folder: Path) -> None:
 
 def settings_text(config: StepConfig) -> bytes:
     """The resolved settings as the `lorakit.yaml` that `--config` accepts back."""
-    return yaml.safe_dump(config.flat(), sort_keys=False, allow_unicode=True).encode()
+    return yaml.safe_dump(config.flat(), sort_keys=False).encode()  # in ASCII: PyYAML reads a raw U+0085 as a space
 
 
 def _library_versions() -> dict[str, str]:

@@ -24,7 +24,7 @@ from safetensors.numpy import save
 from lorakit.core import artifacts, disk
 from lorakit.core.config import PrepareConfig
 from lorakit.core.environment import cache_folder
-from lorakit.core.errors import ArtifactDamaged, InputRefused
+from lorakit.core.errors import ArtifactDamaged, InputRefused, disk_failed
 from lorakit.core.events import Notice, Progress, Report
 from lorakit.core.records import RenderChat, Rendered, detect_format, read_rows, render
 
@@ -143,7 +143,10 @@ def prepare(config: PrepareConfig, tokenizer: "PreTrainedTokenizerBase", report:
     dataset = config.data.dataset
     if not dataset.is_file():
         next(read_rows(dataset), None)  # explains what is wrong with it
-    parents = {"dataset": disk.sha256(dataset), "tokenizer": codec.fingerprint}
+    try:
+        parents = {"dataset": disk.sha256(dataset), "tokenizer": codec.fingerprint}
+    except OSError as error:
+        raise disk_failed(error, dataset) from error
     key = artifacts.fingerprint([artifacts.FORMAT, config.identity(), parents])[:16]
     target = config.output.output or cache_folder() / "blocks" / key
     with artifacts.lock(target):

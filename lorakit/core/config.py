@@ -5,6 +5,7 @@ A step's config is made of sections (`config.lora.rank`). To the user it is flat
 """
 
 import difflib
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
@@ -15,6 +16,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic.fields import FieldInfo
 
 from lorakit.core.errors import UsageError
+
+_MAX_SEED = 2**63 - 1  # what torch.manual_seed takes
 
 
 def setting(
@@ -38,12 +41,19 @@ def setting(
 
 
 def _absolute(path: Path) -> Path:
-    return path.expanduser().absolute()
+    try:
+        path = path.expanduser().absolute()
+    except RuntimeError as error:  # ~name of a user that isn't there
+        raise ValueError(str(error)) from None
+    if b"\0" in str(path).encode():  # raises UnicodeEncodeError where settings files and manifests couldn't hold it
+        raise ValueError("a path with a null byte")
+    return path
 
 
 def _absolute_if_local(name: str) -> str:
-    path = Path(name).expanduser()
-    return str(path.absolute()) if path.exists() else name
+    name.encode()
+    path = os.path.expanduser(name)
+    return os.path.abspath(path) if os.path.exists(path) else name
 
 
 def _split_commas(value: object) -> object:
@@ -51,7 +61,7 @@ def _split_commas(value: object) -> object:
 
 
 PathSetting = Annotated[Path, AfterValidator(_absolute)]
-"""A path, kept absolute so that a saved setting means the same from any folder."""
+"""A path in UTF-8, kept absolute so that a saved setting means the same from any folder."""
 ModelName = Annotated[str, AfterValidator(_absolute_if_local)]
 """A local folder (kept absolute) or a hub id."""
 Names = Annotated[tuple[str, ...], BeforeValidator(_split_commas), Field(min_length=1)]
@@ -163,7 +173,7 @@ class BatchSection(Section):
     gradient_checkpointing: bool = setting(
         True, "Recompute activations in the backward pass: much less memory, about a third more time."
     )
-    seed: int = setting(0, "Seed of the LoRA matrices, the order of the blocks and dropout.", ge=0)
+    seed: int = setting(0, "Seed of the LoRA matrices, the order of the blocks and dropout.", ge=0, le=_MAX_SEED)
 
     @property
     def accumulation_steps(self) -> int:
@@ -228,7 +238,7 @@ class SamplingSection(Section):
     max_new_tokens: int = setting(256, "Longest answer, in tokens.", ge=1)
     temperature: float = setting(0.0, "0: always the likeliest token. Higher: more variety.", ge=0)
     top_p: float = setting(1.0, "Sample from the likeliest tokens that reach this probability together.", gt=0, le=1)
-    seed: int = setting(0, "Seed of sampling.", ge=0)
+    seed: int = setting(0, "Seed of sampling.", ge=0, le=_MAX_SEED)
 
 
 class EvaluationDataSection(Section):
@@ -295,7 +305,7 @@ class Setting(NamedTuple):
         words = names[bases[0]] if bases and get_origin(kind) is not tuple else "text"
         signs = {Ge: ("ge", "≥"), Gt: ("gt", ">"), Le: ("le", "≤"), Lt: ("lt", "<")}
         bounds = [
-            f"{sign} {getattr(bound, name):g}"
+            f"{sign} {_number(getattr(bound, name))}"
             for bound in self.field.metadata
             for cls, (name, sign) in signs.items()
             if isinstance(bound, cls)
@@ -368,6 +378,10 @@ def _explain(entry: Any, settings: Mapping[str, Setting], origins: Mapping[str, 
     if entry["type"] == "missing":
         return f"{settings[name].label}: found nothing, need: {settings[name].field.description}"
     return f"{origins[name]}: found {entry['input']!r}, need {settings[name].need}"
+
+
+def _number(bound: float) -> str:
+    return str(bound) if isinstance(bound, int) else f"{bound:g}"
 
 
 def option_name(name: str) -> str:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 def cache_folder() -> Path:
     """Where everything cached lies: `$LORAKIT_CACHE`, else the platform's cache folder."""
-    if "LORAKIT_CACHE" in os.environ:
-        return Path(os.environ["LORAKIT_CACHE"]).expanduser().absolute()
+    if own := os.environ.get("LORAKIT_CACHE"):
+        return Path(own).expanduser().absolute()
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Caches" / "lorakit"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "lorakit"

@@ -1,11 +1,13 @@
 """A model's name → a local folder: the folder itself, or a snapshot from the Hub."""
 
+import os
 import re
 from pathlib import Path
 
 from lorakit.core.errors import HubFailed, InputRefused, disk_failed, first_line
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_MAX_HUB_ID = 96  # the Hub's own limit
 _FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
 
 
@@ -14,10 +16,10 @@ def model_folder(name: str, timeout_seconds: float = 10.0) -> Path:
 
     Raises InputRefused where `name` is neither, HubFailed where the Hub can't be reached or refuses.
     """
-    if Path(name).is_dir():
+    if os.path.isdir(name):
         return Path(name)
-    if Path(name).exists() or not _HUB_ID.fullmatch(name):
-        found = "a file" if Path(name).exists() else "no such folder"
+    if os.path.exists(name) or not _HUB_ID.fullmatch(name) or len(name) > _MAX_HUB_ID:
+        found = "a file" if os.path.exists(name) else "no such folder"
         raise InputRefused(f"{name}: found {found}, need a model folder or a hub id (owner/name)", "check the path")
     import huggingface_hub
     from huggingface_hub import errors
@@ -37,6 +39,11 @@ def model_folder(name: str, timeout_seconds: float = 10.0) -> Path:
     except (OSError, errors.HFValidationError, errors.HTTPError) as error:  # type: ignore[attr-defined]
         if isinstance(error, OSError) and error.errno is not None:
             raise disk_failed(error, Path(name)) from error
+        if getattr(getattr(error, "response", None), "status_code", None) == 401:
+            raise HubFailed(
+                f"{name}: found that the Hub refuses the token (401 Unauthorized), need a valid one or none",
+                "`hf auth login`, or correct or remove HF_TOKEN",
+            ) from None
         raise HubFailed(
             f"{name}: found no such folder and no answer of the Hub ({first_line(error)}), need one of them",
             "check the spelling or the network, or give a folder that holds the model",

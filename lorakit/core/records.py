@@ -76,7 +76,7 @@ def _parse(line: bytes, place: str, hint: str) -> Mapping[str, Any]:
         row = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_unique, parse_constant=_no_constant)
     except UnicodeDecodeError as error:
         raise InputRefused(
-            f"{place}: found byte 0x{line[error.start]:02x} that isn't UTF-8, need UTF-8", hint
+            f"{place}: found byte 0x{error.object[error.start]:02x} that isn't UTF-8, need UTF-8", hint
         ) from None
     except json.JSONDecodeError as error:
         raise InputRefused(f"{place}: found {_short(line)} ({error.msg}), need a JSON object", hint) from None

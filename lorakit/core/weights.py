@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.core import artifacts, disk
-from lorakit.core.errors import ArtifactDamaged, InputRefused
+from lorakit.core.errors import ArtifactDamaged, InputRefused, disk_failed
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -65,16 +65,19 @@ def open_weights(folder: Path) -> Weights:
     """
     config = read_json_object(folder / "config.json", "a model folder has a config.json")
     architectures = config.get("architectures") or []
+    if not isinstance(architectures, list):
+        architectures = [architectures]
     if not any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in architectures):
         raise InputRefused(
             f"{folder}: found the architecture {', '.join(map(str, architectures)) or '(none)'}, "
             "need a causal language model (…ForCausalLM)",
             "choose a text-generation model of the Llama family",
         )
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "an unnamed method")
+    if quantization := config.get("quantization_config"):
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
         raise InputRefused(
-            f"{folder}: found weights quantized by {method}, need the 16- or 32-bit base", "give the unquantized model"
+            f"{folder}: found weights quantized by {method or 'an unnamed method'}, need the 16- or 32-bit base",
+            "give the unquantized model",
         )
     if (folder / INDEX).is_file():
         weight_map = read_json_object(folder / INDEX, "").get("weight_map")
@@ -110,7 +113,8 @@ def open_weights(folder: Path) -> Weights:
 
 
 def read_header(path: Path) -> dict[str, TensorPlace]:
-    """The tensors of one safetensors file. Raises ArtifactDamaged where they don't fill it exactly, without overlap."""
+    """The tensors of one safetensors file. Raises ArtifactDamaged where they don't fill it exactly, without overlap,
+    DiskFailed."""
     problem = ""
     places: dict[str, TensorPlace] = {}
     try:
@@ -121,8 +125,10 @@ def read_header(path: Path) -> dict[str, TensorPlace]:
             header = json.loads(file.read(header_bytes))
         at = 8 + header_bytes
         entries = [(name, entry) for name, entry in header.items() if name != "__metadata__"]
-        for name, entry in sorted(entries, key=lambda item: item[1]["data_offsets"][0]):
+        for name, entry in sorted(entries, key=lambda item: item[1]["data_offsets"]):
             dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+            if not all(type(size) is int and size >= 0 for size in shape):
+                raise ValueError(f"the tensor {name} with the shape {shape}")
             size_bytes = math.prod(shape) * _ITEM_BYTES[dtype]
             if start + 8 + header_bytes != at or end - start != size_bytes:
                 raise ValueError(f"the tensor {name} at bytes {start}-{end}")
@@ -132,6 +138,10 @@ def read_header(path: Path) -> dict[str, TensorPlace]:
             raise ValueError(f"{path.stat().st_size} bytes where the header says {at}")
     except FileNotFoundError:
         problem = "no such file"
+    except IsADirectoryError:
+        problem = "a folder"
+    except OSError as error:
+        raise disk_failed(error, path) from error
     except KeyError as error:
         problem = f"the unknown entry {error}"
     except (ValueError, TypeError, AttributeError, IndexError, RecursionError) as error:
@@ -142,11 +152,15 @@ def read_header(path: Path) -> dict[str, TensorPlace]:
 
 
 def read_json_object(path: Path, hint: str) -> dict[str, Any]:
-    """The JSON object in `path`. Raises InputRefused."""
+    """The JSON object in `path`. Raises InputRefused, DiskFailed."""
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise InputRefused(f"{path.parent}: found no {path.name}, need one", hint or "check the path") from None
+    except IsADirectoryError:
+        raise InputRefused(f"{path}: found a folder, need a JSON file", hint or "restore the file") from None
+    except OSError as error:
+        raise disk_failed(error, path) from error
     except (ValueError, RecursionError) as error:
         raise InputRefused(f"{path}: found {error}, need JSON", hint or "restore the file") from None
     if not isinstance(content, dict):

@@ -351,7 +351,7 @@ def trial(case: Case, reference: Reference, fault: Fault) -> list[str]:
         if MODES[fault.mode][0] in (KILL, TORN) and ran.code == ExitCode.DONE:
             problems.append("never struck: the calls of a run aren't the same each time")
         if chance.random() < _SHARE_KILLED_TWICE:
-            second = Fault(chance.randint(1, reference.calls["kill"]))
+            second = Fault(chance.randint(1, reference.calls["kill"]), "kill")
             ran = case.run(box, second)
             problems += [
                 f"killed again at {second.call}: {problem}"

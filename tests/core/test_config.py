@@ -1,0 +1,502 @@
+"""Settings: one list of all problems with their origins, one precedence, and a file that is accepted back."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lorakit.core import artifacts
+from lorakit.core.config import (
+    ChatConfig,
+    DemoConfig,
+    EvaluateConfig,
+    MergeConfig,
+    PrepareConfig,
+    StepConfig,
+    TrainConfig,
+    differences,
+    option_name,
+)
+from lorakit.core.errors import UsageError
+from lorakit.options import read_settings
+
+NEEDED: Mapping[type[StepConfig], dict[str, object]] = {
+    PrepareConfig: {"dataset": "/d/rows.jsonl", "tokenizer": "owner/name"},
+    TrainConfig: {"model": "owner/name", "blocks": "/d/blocks"},
+    MergeConfig: {"adapter": "owner/adapter"},
+    ChatConfig: {"model": "owner/name"},
+    EvaluateConfig: {"model": "owner/name", "blocks": "/d/blocks"},
+    DemoConfig: {},
+}
+"""What each command can't do without."""
+
+EVERY = {
+    PrepareConfig: {"block_size": 64, "long": "drop", "pack": "none", "output": "out", "overwrite": True},
+    TrainConfig: {"rank": 3, "target_modules": ("q_proj", "v_proj"), "batch_size": 2, "effective_batch_size": 6},
+    MergeConfig: {"base": "owner/base", "output": "/d/merged"},
+    ChatConfig: {"prompt": ("a, b", "- [x]: 'c'"), "system": "Sei höflich.\n", "temperature": 0.7, "top_p": 0.9},
+    EvaluateConfig: {"dtype": "bf16", "batch_size": 4},
+    DemoConfig: {"model": "owner/name", "output": "demo", "epochs": 0.5},
+}
+"""Something beside the defaults for each command."""
+
+CONFIGS = list(NEEDED)
+by_name = pytest.mark.parametrize("config_class", CONFIGS, ids=lambda config_class: config_class.__name__)
+
+
+def refused(config_class: type[StepConfig], *layers: tuple[str | None, Mapping[str, object]]) -> UsageError:
+    with pytest.raises(UsageError) as caught:
+        config_class.resolve(*layers)
+    return caught.value
+
+
+def train(*layers: tuple[str | None, Mapping[str, object]], **options: object) -> TrainConfig:
+    return TrainConfig.resolve((None, NEEDED[TrainConfig]), *layers, (None, options))
+
+
+def refused_train(source: str | None = None, **values: object) -> UsageError:
+    return refused(TrainConfig, (None, NEEDED[TrainConfig]), (source, values))
+
+
+def test_the_tables_of_this_file_hold_every_command() -> None:
+    assert set(CONFIGS) == set(StepConfig.__subclasses__())
+
+
+# Problems
+
+
+def test_all_problems_are_told_at_once_each_with_its_origin() -> None:
+    error = refused(
+        TrainConfig,
+        ("run.yaml", {"rank": 0, "learning_rate": "fast", "rnk": 8}),
+        (None, {"model": "m", "blocks": "b", "warmup_ratio": "1", "pack": "tight"}),
+    )
+    assert error.message.splitlines() == [
+        "run.yaml: found the unknown key 'rnk', need one of this command's settings",
+        "--pack: found 'tight', need one of best-fit, none",
+        "run.yaml: rank: found 0, need a whole number ≥ 1",
+        "run.yaml: learning_rate: found 'fast', need a number > 0",
+        "--warmup-ratio: found '1', need a number ≥ 0 and < 1",
+    ]
+    assert error.hint == "did you mean 'rank'?"
+
+
+@pytest.mark.parametrize(
+    ("config_class", "name", "value"),
+    [
+        (TrainConfig, "overwrite", "perhaps"),
+        (TrainConfig, "dtype", "int4"),
+        (PrepareConfig, "overwrite", "perhaps"),
+        (MergeConfig, "base", 3),
+        (EvaluateConfig, "dtype", "int4"),
+        (EvaluateConfig, "base", 3),
+        (ChatConfig, "prompt", 3),
+        (DemoConfig, "epochs", 0),
+        (DemoConfig, "output", 3),
+    ],
+)
+def test_a_problem_is_told_of_the_setting_that_has_it(config_class: type[StepConfig], name: str, value: object) -> None:
+    """A section may be named like one of its settings."""
+    error = refused(config_class, (None, NEEDED[config_class]), ("run.yaml", {name: value}))
+    assert error.message.startswith(f"run.yaml: {name}: found {value!r}, need ")
+    assert len(error.message.splitlines()) == 1
+
+
+def test_an_option_that_wins_over_the_file_is_the_origin() -> None:
+    error = refused(TrainConfig, ("run.yaml", {**NEEDED[TrainConfig], "rank": 8}), (None, {"rank": "-1"}))
+    assert error.message == "--rank: found '-1', need a whole number ≥ 1"
+
+
+@pytest.mark.parametrize(
+    ("config_class", "lacking"),
+    [
+        (PrepareConfig, ["DATASET: found nothing", "--tokenizer: found nothing"]),
+        (TrainConfig, ["--model: found nothing"]),
+        (MergeConfig, ["ADAPTER: found nothing"]),
+        (ChatConfig, ["MODEL: found nothing"]),
+        (EvaluateConfig, ["MODEL: found nothing", "--blocks: found nothing"]),
+    ],
+)
+def test_what_is_lacking_is_named_as_it_is_typed(config_class: type[StepConfig], lacking: list[str]) -> None:
+    lines = refused(config_class, (None, {})).message.splitlines()
+    assert [line.partition(", need")[0] for line in lines] == lacking
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("rnak", "rank"), ("learning-rate", "learning_rate"), ("targets_module", "target_modules")]
+)
+def test_a_misspelt_key_is_answered_with_the_right_one(typed: str, meant: str) -> None:
+    assert f"did you mean {meant!r}?" in refused_train("run.yaml", **{typed: 1}).hint
+
+
+def test_a_key_that_is_like_nothing_is_answered_with_help() -> None:
+    assert refused_train("run.yaml", zzzzzz=1).hint == "`--help` lists the settings"
+
+
+def test_a_key_that_isnt_text_is_refused() -> None:
+    assert "unknown key 7" in refused(TrainConfig, ("run.yaml", {7: 1})).message  # type: ignore[dict-item]
+
+
+def test_another_commands_setting_is_unknown_here() -> None:
+    assert "unknown key 'rank'" in refused(MergeConfig, (None, NEEDED[MergeConfig]), ("run.yaml", {"rank": 4})).message
+
+
+# Values
+
+
+@by_name
+def test_true_is_not_a_number(config_class: type[StepConfig]) -> None:
+    for name, knob in config_class.settings().items():
+        if knob.kind in (int, float):
+            error = refused(config_class, (None, NEEDED[config_class]), ("run.yaml", {name: True}))
+            assert error.message.startswith(f"run.yaml: {name}: found True, need "), name
+
+
+@by_name
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "nan", "-inf", "Infinity", ".nan"])
+def test_nan_and_infinity_are_no_settings(config_class: type[StepConfig], value: object) -> None:
+    for name, knob in config_class.settings().items():
+        if knob.kind in (int, float):
+            error = refused(config_class, (None, NEEDED[config_class]), (None, {name: value}))
+            assert error.message.startswith(f"{option_name(name)}: found {value!r}, need "), name
+
+
+BOUNDS: list[tuple[type[StepConfig], str, list[object], list[object]]] = [
+    (PrepareConfig, "block_size", [8, 65536], [7, 65537]),
+    (TrainConfig, "rank", [1], [0, -1]),
+    (TrainConfig, "lora_alpha", [1e-9], [0, -1]),
+    (TrainConfig, "lora_dropout", [0, 0.99], [-0.01, 1]),
+    (TrainConfig, "learning_rate", [1e-12], [0, -1e-4]),
+    (TrainConfig, "warmup_ratio", [0, 0.99], [-0.01, 1]),
+    (TrainConfig, "weight_decay", [0], [-0.01]),
+    (TrainConfig, "max_grad_norm", [1e-9], [0]),
+    (TrainConfig, "batch_size", [1], [0]),
+    (TrainConfig, "gradient_accumulation_steps", [1], [0]),
+    (TrainConfig, "effective_batch_size", [1], [0]),
+    (TrainConfig, "epochs", [0.01], [0]),
+    (TrainConfig, "max_steps", [1], [0]),
+    (TrainConfig, "seed", [0, 2**63 - 1], [-1, 2**64]),
+    (TrainConfig, "save_steps", [1], [0]),
+    (TrainConfig, "save_total_limit", [1], [0]),
+    (TrainConfig, "logging_steps", [1], [0]),
+    (ChatConfig, "max_new_tokens", [1], [0]),
+    (ChatConfig, "temperature", [0], [-0.1]),
+    (ChatConfig, "top_p", [0.01, 1], [0, 1.01]),
+    (ChatConfig, "seed", [0, 2**63 - 1], [-1, 2**64]),
+    (EvaluateConfig, "batch_size", [1], [0]),
+    (DemoConfig, "epochs", [0.01], [0]),
+]
+
+
+@pytest.mark.parametrize(("config_class", "name", "inside", "outside"), BOUNDS)
+def test_bounds_hold_at_their_edges(
+    config_class: type[StepConfig], name: str, inside: list[object], outside: list[object]
+) -> None:
+    for value in inside:
+        assert config_class.resolve((None, NEEDED[config_class]), (None, {name: value})).flat()[name] == value
+    for value in outside:
+        error = refused(config_class, (None, NEEDED[config_class]), (None, {name: value}))
+        assert error.message.startswith(f"{option_name(name)}: found {value!r}, need ")
+
+
+def test_every_number_has_its_bounds_tried() -> None:
+    tried = {(config_class, name) for config_class, name, _, _ in BOUNDS}
+    numbers = {(c, name) for c in CONFIGS for name, knob in c.settings().items() if knob.kind in (int, float)}
+    assert {(c, name) for c, name in numbers if (c, name) not in tried} <= {(TrainConfig, "block_size")}
+
+
+@pytest.mark.parametrize("value", [2.5, "2.5", "two", "", None, [2], {"a": 1}])
+def test_what_isnt_a_whole_number_is_refused_where_one_is_needed(value: object) -> None:
+    assert refused_train("run.yaml", rank=value).message == (
+        f"run.yaml: rank: found {value!r}, need a whole number ≥ 1"
+    )
+
+
+def test_a_number_too_long_to_read_is_refused() -> None:
+    assert "--rank: found " in refused_train(None, rank="9" * 5000).message
+
+
+@pytest.mark.parametrize("value", ["", " , ", [], (), [3], "q_proj,"])
+def test_names_are_names(value: object) -> None:
+    if value == "q_proj,":
+        assert train(target_modules=value).lora.target_modules == ("q_proj",)
+    else:
+        assert refused_train(None, target_modules=value).message.startswith("--target-modules: found ")
+
+
+def test_names_may_be_a_list_or_separated_by_commas() -> None:
+    assert train(target_modules="q_proj, v_proj").lora.target_modules == ("q_proj", "v_proj")
+    assert train(("run.yaml", {"target_modules": ["q_proj", "v_proj"]})).lora.target_modules == ("q_proj", "v_proj")
+
+
+@pytest.mark.parametrize(("config_class", "name"), [(TrainConfig, "output"), (PrepareConfig, "dataset")])
+@pytest.mark.parametrize("value", ["~nobody-of-that-name/x", "a\0b"])
+def test_a_place_that_cant_be_one_is_a_usage_error(config_class: type[StepConfig], name: str, value: str) -> None:
+    error = refused(config_class, (None, NEEDED[config_class]), ("run.yaml", {name: value}))
+    assert error.message.startswith(f"run.yaml: {name}: found {value!r}, need ")
+
+
+@pytest.mark.parametrize(("config_class", "name"), [(TrainConfig, "output"), (PrepareConfig, "dataset")])
+def test_a_file_name_that_isnt_utf_8_is_a_usage_error(config_class: type[StepConfig], name: str) -> None:
+    """A manifest is UTF-8 and couldn't hold it."""
+    error = refused(config_class, (None, NEEDED[config_class]), (None, {name: "out\udcff"}))
+    assert "found 'out\\udcff', need " in error.message
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "~nobody-of-that-name/x"])
+def test_a_model_that_cant_be_a_folder_is_still_a_name(name: str) -> None:
+    """What is wrong with it is said where it is opened."""
+    assert train(model=name).model.model == name
+
+
+def test_paths_are_kept_absolute_and_hub_ids_as_they_are(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    config = train(output="runs/mine", model="base")
+    assert config.output.output == tmp_path / "runs" / "mine"
+    assert config.model.model == str(tmp_path / "base")
+    assert train(model="owner/name").model.model == "owner/name"
+
+
+def test_the_demos_own_folder_is_absolute_too(tmp_path: Path) -> None:
+    assert DemoConfig.resolve((None, {})).demo.output == tmp_path / "runs" / "demo"
+
+
+# Rules between settings
+
+
+def test_the_effective_batch_size_sets_the_accumulation() -> None:
+    assert train(batch_size=4, effective_batch_size=12).batch.accumulation_steps == 3
+    assert train(batch_size=4, gradient_accumulation_steps=5).batch.accumulation_steps == 5
+    assert train().batch.accumulation_steps == 1
+
+
+@pytest.mark.parametrize("effective", [1, 3, 5, 7])
+def test_an_effective_batch_that_micro_steps_cant_reach_is_refused(effective: int) -> None:
+    message = refused_train(None, batch_size=4, effective_batch_size=effective).message
+    assert str(effective) in message
+    assert "multiple" in message
+    assert "4" in message
+
+
+def test_only_one_setting_says_the_accumulation() -> None:
+    message = refused_train(None, effective_batch_size=4, gradient_accumulation_steps=2).message
+    assert "effective" in message
+    assert "accumulation" in message
+
+
+def test_a_run_takes_blocks_or_a_dataset() -> None:
+    assert "found 2 of --blocks and --dataset" in refused_train(None, dataset="rows.jsonl").message
+    assert "found 0 of --blocks and --dataset" in refused(TrainConfig, (None, {"model": "m"})).message
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("block_size", 64), ("train_on", "all"), ("template", "none"), ("pack", "none"), ("long", "drop")],
+)
+def test_packing_belongs_to_a_dataset_not_to_blocks(name: str, value: object, tmp_path: Path) -> None:
+    message = refused_train(None, **{name: value}).message
+    assert option_name(name) in message
+    assert "lorakit prepare" in message
+    config = TrainConfig.resolve((None, {"model": "m", "dataset": "rows.jsonl", name: value}))
+    assert config.flat()[name] == value
+    assert config.data.dataset == tmp_path / "rows.jsonl"
+
+
+# Layers
+
+
+@pytest.mark.parametrize(
+    ("name", "default", "in_file", "typed", "result"),
+    [
+        ("rank", 16, 8, "4", 4),
+        ("learning_rate", 2e-4, "1e-3", "5e-5", 5e-5),
+        ("gradient_checkpointing", True, True, False, False),
+        ("target_modules", ["all-linear"], ["q_proj"], "k_proj,v_proj", ["k_proj", "v_proj"]),
+        ("dtype", "auto", "fp16", "bf16", "bf16"),
+        ("max_steps", None, 7, "9", 9),
+    ],
+)
+def test_an_option_wins_over_the_file_and_the_file_over_the_default(
+    name: str, default: object, in_file: Any, typed: object, result: object
+) -> None:
+    assert train().flat()[name] == default
+    from_file = train(("run.yaml", {name: in_file})).flat()[name]
+    assert from_file == (float(in_file) if name == "learning_rate" else in_file)
+    assert train(("run.yaml", {name: in_file}), (None, {name: typed})).flat()[name] == result
+
+
+def test_a_value_of_the_file_that_an_option_replaces_does_no_harm() -> None:
+    assert train(("run.yaml", {"rank": "nonsense"}), (None, {"rank": "4"})).lora.rank == 4
+
+
+# The file beside an artifact
+
+
+def written_and_read(config: StepConfig, folder: Path) -> StepConfig:
+    (folder / "lorakit.yaml").write_bytes(artifacts.settings_text(config))
+    return type(config).resolve((str(folder), read_settings(folder)))
+
+
+@by_name
+@pytest.mark.parametrize("values", [{}, EVERY], ids=["defaults", "all"])
+def test_the_settings_file_of_an_artifact_is_accepted_back(
+    config_class: type[StepConfig], values: Mapping[type[StepConfig], dict[str, object]], tmp_path: Path
+) -> None:
+    config = config_class.resolve((None, NEEDED[config_class]), (None, values.get(config_class, {})))
+    again = written_and_read(config, tmp_path)
+    assert again == config
+    assert again.identity() == config.identity()
+
+
+positive = st.floats(min_value=0, exclude_min=True, allow_nan=False, allow_infinity=False)
+share = st.floats(min_value=0, max_value=1, exclude_max=True)
+words = st.text(st.characters(exclude_categories=["Cs"], exclude_characters=",\0"), min_size=1, max_size=20).map(
+    str.strip
+)
+values_of_train = st.fixed_dictionaries(
+    {"model": words.filter(lambda name: name and not name.startswith("~"))},
+    optional={
+        "dtype": st.sampled_from(["auto", "bf16", "fp16", "fp32"]),
+        "rank": st.integers(1, 10**9),
+        "lora_alpha": positive,
+        "lora_dropout": share,
+        "target_modules": st.lists(words.filter(bool), min_size=1, max_size=4).map(tuple),
+        "learning_rate": positive,
+        "lr_scheduler_type": st.sampled_from(["linear", "cosine", "constant"]),
+        "warmup_ratio": share,
+        "weight_decay": st.floats(min_value=0, allow_infinity=False),
+        "epochs": positive,
+        "max_steps": st.none() | st.integers(1, 10**12),
+        "gradient_checkpointing": st.booleans(),
+        "seed": st.integers(0, 2**63 - 1),
+        "save_steps": st.integers(1, 10**6),
+        "output": st.none() | words.filter(lambda name: name and not name.startswith("~")),
+        "overwrite": st.booleans(),
+        "block_size": st.integers(8, 65536),
+        "train_on": st.sampled_from(["completion", "all"]),
+    },
+)
+
+
+@settings(deadline=None, database=None, derandomize=True, max_examples=150)
+@given(values=values_of_train)
+def test_any_run_can_be_repeated_from_its_folder(
+    values: dict[str, object], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    config = TrainConfig.resolve((None, {"dataset": "rows.jsonl", **values}))
+    given_back = {name: value for name, value in config.flat().items() if name in values}
+    for name in ("output", "model"):
+        values.pop(name, None)
+        given_back.pop(name, None)
+    if "target_modules" in values:
+        values["target_modules"] = list(values["target_modules"])  # type: ignore[call-overload]
+    assert given_back == values
+    assert written_and_read(config, tmp_path_factory.getbasetemp()) == config
+
+
+@settings(deadline=None, database=None, derandomize=True, max_examples=50)
+@given(values=values_of_train.map(lambda values: {k: v for k, v in values.items() if v is not None}))
+def test_what_is_typed_means_what_stands_in_a_file(values: dict[str, Any]) -> None:
+    typed = {
+        name: ",".join(value) if isinstance(value, tuple) else value if isinstance(value, bool) else str(value)
+        for name, value in values.items()
+    }
+    needed = {"dataset": "rows.jsonl"}
+    assert TrainConfig.resolve((None, needed), (None, typed)) == TrainConfig.resolve((None, needed), ("f", values))
+
+
+# Knobs
+
+
+@by_name
+def test_every_setting_says_what_it_does(config_class: type[StepConfig]) -> None:
+    for name, knob in config_class.settings().items():
+        assert len(str(knob.field.description)) > 10, name
+        assert knob.help.startswith(str(knob.field.description)), name
+        assert knob.need, name
+
+
+@by_name
+def test_every_setting_has_a_name_of_its_own(config_class: type[StepConfig]) -> None:
+    """The flat view would lose one of two settings with the same name."""
+    sections = [field.annotation for field in config_class.model_fields.values()]
+    names = [name for section in sections for name in section.model_fields]  # type: ignore[union-attr]
+    assert sorted(names) == sorted(config_class.settings())
+    shorts = [knob.extra["short"] for knob in config_class.settings().values() if knob.extra["short"]]
+    assert len(shorts) == len(set(shorts))
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("rank", "(default: 16)"),
+        ("lora_alpha", "(default: 32)"),
+        ("learning_rate", "(default: 0.0002)"),
+        ("gradient_checkpointing", "(default: on)"),
+        ("target_modules", "(default: all-linear)"),
+        ("dtype", "(default: auto)"),
+    ],
+)
+def test_help_shows_the_default_as_it_is_typed(name: str, shown: str) -> None:
+    assert TrainConfig.settings()[name].help.endswith(shown)
+
+
+@pytest.mark.parametrize("name", ["max_steps", "overwrite", "output", "model"])
+def test_help_shows_no_default_where_there_is_none(name: str) -> None:
+    assert "default" not in TrainConfig.settings()[name].help
+
+
+# Identity
+
+
+CHANGED: Mapping[str, object] = {
+    "dtype": "fp32",
+    "rank": 4,
+    "lora_alpha": 8.0,
+    "lora_dropout": 0.1,
+    "target_modules": ("q_proj",),
+    "learning_rate": 1e-3,
+    "lr_scheduler_type": "cosine",
+    "warmup_ratio": 0.1,
+    "weight_decay": 0.1,
+    "max_grad_norm": 0.5,
+    "batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "epochs": 2.0,
+    "max_steps": 5,
+    "seed": 1,
+}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_what_decides_the_adapter_is_part_of_its_identity(name: str) -> None:
+    assert train(**{name: CHANGED[name]}).identity() != train().identity()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("model", "other/name"),
+        ("blocks", "/elsewhere"),
+        ("output", "/elsewhere"),
+        ("overwrite", True),
+        ("save_steps", 7),
+        ("save_total_limit", 7),
+        ("logging_steps", 7),
+    ],
+)
+def test_what_only_says_where_or_how_often_is_no_part_of_it(name: str, value: object) -> None:
+    changed = train(**{name: value})
+    assert changed != train()
+    assert changed.identity() == train().identity()
+
+
+def test_differences_name_each_setting_with_both_values() -> None:
+    assert differences({"a": 1, "b": 2}, {"b": 3, "c": None, "d": 4}) == [
+        "a: found 1, asked for None",
+        "b: found 2, asked for 3",
+        "d: found None, asked for 4",
+    ]

@@ -1,0 +1,51 @@
+"""The cache folder: lorakit's own variable first, then the platform's habit."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from lorakit.core.environment import cache_folder
+
+
+@pytest.fixture(autouse=True)
+def _no_variables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("LORAKIT_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(sys, "platform", "linux")
+
+
+def test_lorakits_variable_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
+    monkeypatch.setenv("LORAKIT_CACHE", "/mine")
+    assert cache_folder() == Path("/mine")
+
+
+def test_a_relative_or_home_folder_is_made_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("LORAKIT_CACHE", "here")
+    assert cache_folder() == tmp_path / "here"
+    monkeypatch.setenv("LORAKIT_CACHE", "~/there")
+    assert cache_folder() == tmp_path / "home" / "there"
+
+
+def test_an_empty_variable_is_no_variable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setenv("LORAKIT_CACHE", "")
+    assert cache_folder() == tmp_path / "home" / ".cache" / "lorakit"
+
+
+def test_linux_keeps_the_cache_where_xdg_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert cache_folder() == tmp_path / "home" / ".cache" / "lorakit"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_folder() == tmp_path / "xdg" / "lorakit"
+
+
+def test_a_mac_keeps_the_cache_in_its_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert cache_folder() == tmp_path / "home" / "Library" / "Caches" / "lorakit"
+
+
+def test_asking_makes_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "new"))
+    assert not cache_folder().exists()

@@ -1,0 +1,238 @@
+"""A hub id becomes a snapshot without a pickle file, asked of a stand-in Hub on the loopback; failures have hints."""
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterator, Mapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import huggingface_hub
+import pytest
+from huggingface_hub import constants
+
+from lorakit.core.errors import DiskFailed, HubFailed, InputRefused
+from lorakit.core.hub import model_folder
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+FILES: Mapping[str, bytes] = {
+    "config.json": b'{"architectures": ["LlamaForCausalLM"]}',
+    "tokenizer.json": b"{}",
+    "chat_template.jinja": b"{{ messages }}",
+    "model.safetensors": b"\x02\0\0\0\0\0\0\0{}",
+    "pytorch_model.bin": b"pickle",
+    "training_args.pt": b"pickle",
+    "modeling_evil.py": b"raise SystemExit(1)",
+    "README.md": b"# A model",
+}
+WANTED = {"config.json", "tokenizer.json", "chat_template.jinja", "model.safetensors"}
+
+
+class Hub(ThreadingHTTPServer):
+    """As much of the Hub as a snapshot asks for; `failure` is a status and headers that every request gets instead."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Answers)
+        self.asked: list[str] = []
+        self.failure: tuple[int, Mapping[str, str]] | None = None
+
+    @property
+    def downloaded(self) -> set[str]:
+        return {path.partition(f"/resolve/{COMMIT}/")[2] for path in self.asked if "/resolve/" in path}
+
+
+class Answers(BaseHTTPRequestHandler):
+    server: Hub
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path = urlsplit(self.path).path
+        self.server.asked.append(path)
+        if self.server.failure is not None:
+            status, headers = self.server.failure
+            return self.answer(b"{}", status, **headers)
+        if path == "/api/models/owner/tiny/revision/main":
+            info = {"id": "owner/tiny", "sha": COMMIT, "siblings": [{"rfilename": name} for name in FILES]}
+            return self.answer(json.dumps(info).encode())
+        if path == f"/api/models/owner/tiny/tree/{COMMIT}":
+            listed = [{"type": "file", "path": n, "size": len(c), "oid": etag(c)} for n, c in FILES.items()]
+            return self.answer(json.dumps(listed).encode())
+        name = path.removeprefix(f"/owner/tiny/resolve/{COMMIT}/")
+        if name in FILES:
+            return self.answer(FILES[name], ETag=f'"{etag(FILES[name])}"')
+        return self.answer(b"{}", 404, **{"X-Error-Code": "RepoNotFound"})
+
+    def answer(self, body: bytes, status: int = 200, **headers: str) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), "X-Repo-Commit": COMMIT, **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Nothing on the terminal."""
+
+
+def etag(content: bytes) -> str:
+    return hashlib.sha1(content).hexdigest()
+
+
+def point_at(address: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """huggingface_hub reads its environment when it is imported, so what it has read is replaced."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "hub"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(folder / "no-token"))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    huggingface_hub.close_session()
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    with Hub() as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        point_at(f"http://127.0.0.1:{server.server_port}", tmp_path, monkeypatch)
+        yield server
+        huggingface_hub.close_session()
+        server.shutdown()
+        thread.join()
+
+
+def refused(name: str = "owner/tiny") -> HubFailed:
+    with pytest.raises(HubFailed) as caught:
+        model_folder(name, timeout_seconds=2.0)
+    assert caught.value.exit_code == 12
+    assert caught.value.message.startswith(f"{name}: found ")
+    return caught.value
+
+
+def test_a_folder_is_itself(tmp_path: Path) -> None:
+    (tmp_path / "owner" / "tiny").mkdir(parents=True)
+    assert model_folder("owner/tiny") == Path("owner/tiny")
+    assert model_folder(str(tmp_path / "owner")) == tmp_path / "owner"
+
+
+def test_a_hub_id_becomes_a_folder_with_its_files(hub: Hub) -> None:
+    folder = model_folder("owner/tiny")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {name: FILES[name] for name in WANTED}
+
+
+def test_no_file_is_asked_for_that_could_run_code(hub: Hub) -> None:
+    model_folder("owner/tiny")
+    assert hub.downloaded == WANTED
+
+
+def test_a_snapshot_is_downloaded_once_and_found_again_without_the_network(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = model_folder("owner/tiny")
+    hub.asked.clear()
+    assert model_folder("owner/tiny") == first
+    assert hub.downloaded == set()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    huggingface_hub.close_session()
+    hub.asked.clear()
+    assert model_folder("owner/tiny") == first
+    assert hub.asked == []
+
+
+@pytest.mark.parametrize("status", [401, 404])
+def test_a_name_that_the_hub_doesnt_know_is_told_with_what_to_check(hub: Hub, status: int) -> None:
+    hub.failure = status, {"X-Error-Code": "RepoNotFound"}
+    error = refused()
+    assert "neither a local folder nor a model on the Hub" in error.message
+    assert "spelling" in error.hint
+    assert "HF_TOKEN" in error.hint
+
+
+def test_a_token_that_the_hub_refuses_is_told_as_that(hub: Hub) -> None:
+    hub.failure = 401, {"X-Error-Message": "Invalid credentials in Authorization header"}
+    error = refused()
+    assert "401" in error.message
+    assert "hf auth login" in error.hint
+
+
+def test_a_gated_model_is_told_with_how_to_get_access(hub: Hub) -> None:
+    hub.failure = 403, {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access to model owner/tiny is restricted"}
+    error = refused()
+    assert "gated" in error.message
+    assert "accept its terms at huggingface.co/owner/tiny" in error.hint
+
+
+@pytest.mark.parametrize("status", [403, 429, 500, 503])
+def test_a_hub_that_fails_is_told_with_its_reason(hub: Hub, status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    hub.failure = status, {}
+    error = refused()
+    assert str(status) in error.message
+    assert "network" in error.hint
+
+
+def test_a_hub_that_isnt_there_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Hub() as server:
+        address = f"http://127.0.0.1:{server.server_port}"
+    point_at(address, tmp_path, monkeypatch)
+    error = refused()
+    assert "Hub" in error.message
+    assert "or give a folder" in error.hint
+
+
+def test_without_a_network_nothing_is_asked(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    huggingface_hub.close_session()
+    refused()
+    assert hub.asked == []
+
+
+@pytest.mark.parametrize(
+    "name", ["./model", "../model", "/no/such/model", "a/b/c", "owner/", "", "my model", "-r", "~/model", "x\0y"]
+)
+def test_what_is_neither_a_folder_nor_a_hub_id_is_refused_without_asking(name: str, hub: Hub) -> None:
+    with pytest.raises(InputRefused, match="found no such folder, need a model folder or a hub id") as caught:
+        model_folder(name)
+    assert caught.value.exit_code == 3
+    assert hub.asked == []
+
+
+def test_a_file_is_no_model_folder(hub: Hub, tmp_path: Path) -> None:
+    (tmp_path / "model").touch()
+    with pytest.raises(InputRefused, match="found a file, need a model folder"):
+        model_folder("model")
+    assert hub.asked == []
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a--b", "owner/name.git"])
+def test_a_name_that_no_model_can_have_is_refused_without_asking(name: str, hub: Hub) -> None:
+    with pytest.raises((InputRefused, HubFailed)) as caught:
+        model_folder(name)
+    assert caught.value.message.startswith(f"{name}: found ")
+    assert hub.asked == []
+
+
+def test_a_cache_that_cant_be_written_is_a_disk_failure(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "file" / "hub"))
+    with pytest.raises(DiskFailed) as caught:
+        model_folder("owner/tiny")
+    assert caught.value.exit_code == 7
+
+
+def test_the_stand_in_is_what_was_asked(hub: Hub) -> None:
+    """Were the real Hub asked, the tests above would prove nothing."""
+    model_folder("owner/tiny")
+    asked: Any = {path.partition("/resolve/")[0] for path in hub.asked}
+    assert asked == {"/api/models/owner/tiny/revision/main", f"/api/models/owner/tiny/tree/{COMMIT}", "/owner/tiny"}

@@ -1,0 +1,394 @@
+"""What is shown: results on stdout, words on stderr, text as it is, one JSON object, and no harm from a closed pipe."""
+
+import io
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorakit.console import Console, Signals
+from lorakit.core.errors import InputRefused
+from lorakit.core.events import Notice, Progress
+from tests.conftest import Ran, make_tokenizer
+
+MARKUP = "[q_proj] [bold]x[/bold] [/] [red] :smile: 'a' 3.14 https://example.com \\[y]"
+
+Shown = tuple[str, str]
+
+
+@pytest.fixture
+def shown(capsys: pytest.CaptureFixture[str]) -> Callable[[], Shown]:
+    """What has been printed since the last time: (stdout, stderr)."""
+
+    def read() -> Shown:
+        captured = capsys.readouterr()
+        return captured.out, captured.err
+
+    return read
+
+
+def lorakit(*arguments: object, **more: Any) -> "subprocess.CompletedProcess[str]":
+    """`python -m lorakit …` as a process of its own."""
+    command = [sys.executable, "-m", "lorakit", *map(str, arguments)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **more}
+    return subprocess.run(command, text=True, timeout=120, check=False, **pipes)
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> list[str]:
+    """The arguments of a `prepare` that works."""
+    make_tokenizer(tmp_path / "tokenizer")
+    (tmp_path / "rows.jsonl").write_text('{"text": "abc"}\n')
+    return ["prepare", "rows.jsonl", "--tokenizer", "tokenizer", "--block-size", "64"]
+
+
+# Text
+
+
+def test_text_is_printed_as_it_is(shown: Callable[[], Shown]) -> None:
+    console = Console()
+    console.say(MARKUP)
+    assert shown() == (MARKUP + "\n", "")
+    console.note(MARKUP)
+    assert shown() == ("", MARKUP + "\n")
+    console.hint(MARKUP)
+    assert shown() == ("", f"hint: {MARKUP}\n")
+    console.error(InputRefused(MARKUP, MARKUP))
+    assert shown() == ("", f"error: {MARKUP}\nhint: {MARKUP}\n")
+    console.report(Notice(MARKUP))
+    assert shown() == ("", MARKUP + "\n")
+
+
+def test_tables_hold_text_as_it_is(shown: Callable[[], Shown]) -> None:
+    Console().summary({MARKUP: MARKUP})
+    out, err = shown()
+    assert out.count(MARKUP) == 2
+    assert err == ""
+    Console().table("[t]", ["[h]"], [[MARKUP]])
+    out, _ = shown()
+    assert [text for text in ("[t]", "[h]", MARKUP) if text not in out] == []
+
+
+def test_a_long_line_stays_one_line(shown: Callable[[], Shown]) -> None:
+    """A path that is cut or broken in two can't be copied, whatever the terminal's width is."""
+    path = "/a folder" * 40
+    Console().summary({"blocks": f"{path} (made before)", "rows": "3"})
+    assert [line.split("  ")[-1].strip() for line in shown()[0].splitlines()] == [f"{path} (made before)", "3"]
+    Console().error(InputRefused(path, path))
+    assert shown()[1] == f"error: {path}\nhint: {path}\n"
+
+
+def test_pieces_of_an_answer_follow_each_other(shown: Callable[[], Shown]) -> None:
+    console = Console()
+    for piece in ("Hel", "lo [you", "]"):
+        console.say(piece, end="")
+    assert shown()[0] == "Hello [you]"
+
+
+# --json and --quiet
+
+
+def test_json_is_one_object_and_nothing_else_on_stdout(shown: Callable[[], Shown]) -> None:
+    console = Console(json=True)
+    console.say("an answer")
+    console.summary({"rows": "3"})
+    console.table("t", ["h"], [["c"]])
+    console.curve("loss", [1.0, 2.0])
+    console.answers("t", [{"question": "q", "before": "a", "trained": "b", "merged": "c"}])
+    console.hint("next")
+    console.note("a note")
+    console.result({"path": Path("/x"), "text": "[é]\n", "none": None, "loss": 0.5})
+    out, err = shown()
+    assert out.count("\n") == 1
+    assert json.loads(out) == {"path": "/x", "text": "[é]\n", "none": None, "loss": 0.5}
+    assert err == "a note\n"
+
+
+def test_without_json_the_result_was_said_before(shown: Callable[[], Shown]) -> None:
+    Console().result({"path": "/x"})
+    assert shown() == ("", "")
+
+
+def test_quiet_leaves_results_and_errors(shown: Callable[[], Shown], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorakit.console._SECONDS_BETWEEN_LINES", -1.0)
+    console = Console(quiet=True)
+    console.note("a note")
+    console.hint("next")
+    console.report(Notice("a notice"))
+    console.report(Progress("training", 1, 2, "steps"))
+    assert shown() == ("", "")
+    console.say("an answer")
+    console.error(InputRefused("m", "h"))
+    assert shown() == ("an answer\n", "error: m\nhint: h\n")
+
+
+def test_a_command_with_json_prints_one_object(cli: Callable[..., Ran], dataset: list[str]) -> None:
+    ran = cli(*dataset, "--json")
+    assert ran.code == 0
+    assert ran.out.count("\n") == 1
+    keys = {"path", "blocks", "tokens", "trained_tokens", "fill", "rows", "dropped", "seconds", "cached"}
+    assert keys <= set(ran.json)
+    assert "read as text rows" in ran.err
+    assert "{" not in ran.err
+    assert "hint:" not in ran.err
+
+
+def test_a_command_without_json_prints_its_figures_and_the_next_command(
+    cli: Callable[..., Ran], dataset: list[str], tmp_path: Path
+) -> None:
+    ran = cli(*dataset)
+    assert ran.code == 0
+    names = [line.partition("  ")[0] for line in ran.out.splitlines()]
+    assert names == ["blocks", "rows", "tokens", "trained tokens"]
+    assert str(tmp_path / "cache") in ran.out.splitlines()[0]
+    assert ran.err.splitlines()[-1].startswith("hint: lorakit train --model ")
+
+
+def test_a_quiet_command_prints_only_its_result(cli: Callable[..., Ran], dataset: list[str]) -> None:
+    ran = cli(*dataset, "--json", "--quiet")
+    assert (ran.code, ran.err) == (0, "")
+    assert ran.json["rows"] == 1
+
+
+def test_a_failed_command_prints_nothing_on_stdout(cli: Callable[..., Ran]) -> None:
+    ran = cli("prepare", "[missing].jsonl", "--tokenizer", "./nothing", "--json")
+    assert (ran.code, ran.out) == (3, "")
+    assert ran.err.startswith("error: ./nothing: found ")
+
+
+def test_markup_in_a_users_text_survives_the_whole_way(cli: Callable[..., Ran], tmp_path: Path) -> None:
+    make_tokenizer(tmp_path / "tokenizer")
+    (tmp_path / "[bold]rows.jsonl").write_text('{"[red]": 1}\n')
+    ran = cli("prepare", "[bold]rows.jsonl", "--tokenizer", "tokenizer")
+    assert ran.code == 3
+    assert "[bold]rows.jsonl:1: found the columns [red]; need" in ran.err
+
+
+# Terminals
+
+
+def on_a_terminal(script: str, **variables: str) -> str:
+    """What a Python script writes to a terminal of 80 columns."""
+    leader, follower = pty.openpty()
+    environment = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "FORCE_COLOR")}
+    environment |= {"TERM": "xterm-256color", "COLUMNS": "80", **variables}
+    with subprocess.Popen([sys.executable, "-c", script], stdout=follower, stderr=follower, env=environment) as running:
+        os.close(follower)
+        written = b""
+        while True:
+            try:
+                piece = os.read(leader, 65536)
+            except OSError:  # what Linux says at the end of a terminal
+                break
+            if not piece:
+                break
+            written += piece
+    os.close(leader)
+    assert running.returncode == 0, written.decode()
+    return written.decode()
+
+
+ERROR = """
+from lorakit.console import Console
+from lorakit.core.errors import InputRefused
+Console().error(InputRefused("found [a], need b", "do c"))
+"""
+
+TRAINING = """
+from lorakit.console import Console
+from lorakit.core.events import Progress
+console = Console()
+for step in range(1, 4):
+    console.report(Progress("training", step, 3, "steps", "loss [1.5]"))
+console.summary({"done": "yes"})
+"""
+
+
+def test_a_terminal_gets_colour() -> None:
+    assert "\x1b[1;31m" in on_a_terminal(ERROR)
+
+
+def test_no_color_is_honoured() -> None:
+    written = on_a_terminal(ERROR, NO_COLOR="1")
+    assert "\x1b[1;31m" not in written
+    assert not any(f"\x1b[{code}m" in written for code in range(30, 50))
+
+
+def test_a_terminal_gets_a_progress_bar_that_goes_away() -> None:
+    written = on_a_terminal(TRAINING)
+    assert "training" in written
+    assert "3/3" in written
+    assert "loss [1.5]" in written
+    assert written.index("3/3") < written.index("done")
+    assert "\x1b[?25h" in written, "the cursor is shown again"
+
+
+def test_a_pipe_gets_no_escape_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("FORCE_COLOR", "NO_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    for script in (ERROR, TRAINING):
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+        assert "\x1b" not in done.stdout + done.stderr
+
+
+# Progress without a terminal
+
+
+def test_progress_without_a_terminal_is_a_line_now_and_then(
+    shown: Callable[[], Shown], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    console = Console()
+    for second in range(60):
+        now = 1000.0 + second
+        console.report(Progress("training", second, 60, "steps", "loss [2.5]"))
+    out, err = shown()
+    assert out == ""
+    assert err.splitlines() == [f"training: {s}/60 steps loss [2.5]" for s in (11, 22, 33, 44, 55)]
+
+
+def test_progress_without_an_end_is_a_count(shown: Callable[[], Shown], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorakit.console._SECONDS_BETWEEN_LINES", -1.0)
+    Console().report(Progress("preparing", 5, None, "rows"))
+    assert shown()[1] == "preparing: 5 rows\n"
+
+
+@pytest.mark.parametrize("values", [[1.0], [2.0, 2.0, 2.0], [3.0, 1.0], [float(v) for v in range(500, 0, -1)]])
+def test_a_curve_shows_highest_and_lowest_and_a_point_a_column(
+    values: Sequence[float], shown: Callable[[], Shown]
+) -> None:
+    Console().curve("loss", values, height=8, width=60)
+    lines = shown()[0].splitlines()[1:]
+    assert lines[0] == f"loss, {len(values)} steps"
+    points = [line.partition("| ")[2] for line in lines[1:]]
+    columns = min(60, len(values))
+    assert [sum(row[column : column + 1] == "*" for row in points) for column in range(columns)] == [1] * columns
+    if len(set(values)) > 1:
+        means = [sum(part) / len(part) for part in even_parts(values, columns)]
+        assert lines[1].startswith(f"{max(means):8.3f} | *")
+        assert lines[8].startswith(f"{min(means):8.3f} | ")
+        assert points[-1].rstrip().endswith("*")
+
+
+def even_parts(values: Sequence[float], parts: int) -> list[Sequence[float]]:
+    """Cut where the running share of values passes each column's end."""
+    ends = [round((part + 1) * len(values) / parts) for part in range(parts)]
+    return [values[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def test_no_values_no_curve(shown: Callable[[], Shown]) -> None:
+    Console().curve("loss", [])
+    assert shown() == ("", "")
+
+
+def test_questions_are_read_until_an_empty_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("Why?\n  And how? \n\nnever asked\n"))
+    assert list(Console().questions()) == ["Why?", "And how?"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("Why?"))
+    assert list(Console().questions()) == ["Why?"]
+
+
+# Closed pipes
+
+
+def closed_pipe() -> int:
+    """The end to write to of a pipe that nobody reads, as after `| head -c0`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    return writer
+
+
+RESULT = """
+from lorakit.console import Console
+console = Console(json={json})
+for number in range(5000):
+    console.note("words")
+    console.say("an answer", end="")
+console.summary({{"rows": "3"}})
+console.result({{"rows": 3}})
+console.hint("next")
+print("still here", file=open("end", "w"))
+"""
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_reader_that_went_away_stops_nothing_and_silences_only_its_stream(
+    stream: str, as_json: bool, tmp_path: Path
+) -> None:
+    writer = closed_pipe()
+    streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, stream: writer}
+    script = RESULT.format(json=as_json)
+    done = subprocess.run([sys.executable, "-c", script], text=True, timeout=60, check=False, **streams)
+    os.close(writer)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "end").read_text() == "still here\n"
+    if stream == "stdout":
+        assert done.stderr.count("words\n") == 5000
+        assert "Traceback" not in done.stderr
+        assert "Exception ignored" not in done.stderr
+    else:
+        assert done.stdout.count("an answer") == (0 if as_json else 5000)
+        assert done.stdout.endswith('{"rows": 3}\n' if as_json else "3\n")
+
+
+def test_a_command_whose_log_is_closed_does_its_work_and_says_its_result(dataset: list[str], tmp_path: Path) -> None:
+    writer = closed_pipe()
+    done = lorakit(*dataset, "--output", "out", "--json", stderr=writer)
+    os.close(writer)
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["rows"] == 1
+    assert (tmp_path / "out" / "lorakit.json").is_file()
+
+
+def test_a_command_whose_reader_went_away_does_its_work(dataset: list[str], tmp_path: Path) -> None:
+    writer = closed_pipe()
+    done = lorakit(*dataset, "--output", "out", stdout=writer)
+    os.close(writer)
+    assert done.returncode == 0
+    assert done.stderr.splitlines()[-1].startswith("hint: lorakit train")
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+    assert (tmp_path / "out" / "lorakit.json").is_file()
+
+
+def test_a_closed_log_keeps_an_errors_exit_code() -> None:
+    writer = closed_pipe()
+    done = lorakit("prepare", "rows.jsonl", stderr=writer)
+    os.close(writer)
+    assert done.returncode == 2
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["prepare", "--help"]])
+def test_help_into_a_closed_pipe_is_no_traceback(arguments: list[str]) -> None:
+    writer = closed_pipe()
+    done = lorakit(*arguments, stdout=writer)
+    os.close(writer)
+    assert "Traceback" not in done.stderr
+    assert "error:" not in done.stderr
+
+
+# Signals
+
+
+def test_a_first_signal_is_a_request_and_a_second_ends_at_once() -> None:
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    for number, asked in ((signal.SIGTERM, "terminate"), (signal.SIGINT, "interrupt")):
+        with Signals() as signals:
+            assert signals.asked is None
+            os.kill(os.getpid(), number)
+            time.sleep(0)
+            assert signals.asked == asked
+            with pytest.raises(KeyboardInterrupt):  # noqa: PT012 - the signal arrives between two instructions
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(1)
+        assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
