@@ -27,6 +27,7 @@ from lorakit.core.config import (
 from lorakit.core.errors import UsageError, disk_failed
 
 RUN_PANEL = "This command"
+_NO = "no_"
 
 CONFIGS: Mapping[str, type[StepConfig]] = {
     "prepare": PrepareConfig,
@@ -46,16 +47,17 @@ def command(name: str, body: Callable[..., None]) -> Callable[..., None]:
     def run(config_file: Path | None, json: bool, quiet: bool, **given: Any) -> None:
         console = Console(json=json, quiet=quiet)
         layers = [(str(config_file), read_settings(config_file))] if config_file is not None else []
-        typed = {name: value for name, value in given.items() if value is not None and value != []}
+        typed = {name: value for name, value in given.items() if value not in (None, False, [])}
+        typed |= {name: False for name in settings if typed.pop(_NO + name, False)}
         body(config_class.resolve(*layers, (None, typed)), console)
 
-    parameters = [_parameter(setting) for setting in settings.values()]
+    parameters = [parameter for setting in settings.values() for parameter in _parameters(setting)]
+    config_help = "Settings file (YAML), or a folder that holds one."
+    config_file = typer.Option("--config", help=config_help, metavar="FILE", rich_help_panel=RUN_PANEL)
     parameters += [
-        _flag(
-            "config_file", Path | None, None, "--config", "Settings file (YAML), or a folder that holds one.", "FILE"
-        ),
-        _flag("json", bool, False, "--json", "Print one JSON object on stdout, and nothing else there."),
-        _flag("quiet", bool, False, "--quiet", "No progress and no hints; errors are still printed."),
+        _keyword("config_file", Path | None, None, config_file),
+        _flag("json", "--json", "Print one JSON object on stdout, and nothing else there.", RUN_PANEL),
+        _flag("quiet", "--quiet", "No progress and no hints; errors are still printed.", RUN_PANEL),
     ]
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
@@ -63,29 +65,30 @@ def command(name: str, body: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def _parameter(setting: Setting) -> inspect.Parameter:
+def _parameters(setting: Setting) -> list[inspect.Parameter]:
     kind, extra = setting.kind, setting.extra
     if extra["positional"]:
         argument = typer.Argument(help=setting.help, metavar=extra["metavar"], show_default=False)
-        return _keyword(setting.name, str | None, None, argument)
-    names = [option_name(setting.name)] + ([extra["short"]] if extra["short"] else [])
-    annotation: Any = str | None
+        return [_keyword(setting.name, str | None, None, argument)]
+    if kind is bool and setting.field.default:  # shown by what turns it off; the other is for what a file turned off
+        off = f"Turn off {setting.label}: {setting.help}"
+        return [
+            _flag(_NO + setting.name, option_name(_NO + setting.name), off, setting.title),
+            _flag(setting.name, setting.label, setting.help, setting.title, hidden=True),
+        ]
     if kind is bool:
-        annotation = bool | None
-        if setting.field.default:  # a switch that is off needs no way to turn it off
-            names = [f"{names[0]}/--no-{names[0][2:]}"]
-    elif setting.repeated:
-        annotation = list[str] | None
+        return [_flag(setting.name, setting.label, setting.help, setting.title)]
+    names = [option_name(setting.name)] + ([extra["short"]] if extra["short"] else [])
     completions = list(get_args(kind)) if get_origin(kind) is Literal else None
     option = typer.Option(
         *names,
         help=setting.help,
-        metavar=None if kind is bool else extra["metavar"] or _metavar(kind, completions),
+        metavar=extra["metavar"] or _metavar(kind, completions),
         show_default=False,
         rich_help_panel=setting.title,
         autocompletion=(lambda: completions) if completions else None,
     )
-    return _keyword(setting.name, annotation, None, option)
+    return [_keyword(setting.name, list[str] | None if setting.repeated else str | None, None, option)]
 
 
 def _metavar(kind: Any, choices: list[str] | None) -> str:
@@ -94,9 +97,9 @@ def _metavar(kind: Any, choices: list[str] | None) -> str:
     return {int: "N", float: "X"}.get(kind if kind in (int, float) else None, "TEXT")  # type: ignore[arg-type]
 
 
-def _flag(name: str, kind: Any, default: Any, option: str, help: str, metavar: str | None = None) -> inspect.Parameter:
-    shown = typer.Option(option, help=help, metavar=metavar, show_default=False, rich_help_panel=RUN_PANEL)
-    return _keyword(name, kind, default, shown)
+def _flag(name: str, option: str, help: str, panel: str, *, hidden: bool = False) -> inspect.Parameter:
+    shown = typer.Option(option, help=help, metavar="", show_default=False, rich_help_panel=panel, hidden=hidden)
+    return _keyword(name, bool, False, shown)
 
 
 def _keyword(name: str, kind: Any, default: Any, info: Any) -> inspect.Parameter:

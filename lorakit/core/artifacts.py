@@ -101,7 +101,7 @@ def _manifest_bytes(content: Mapping[str, Any]) -> bytes:
 # Reading
 
 
-def read_manifest(folder: Path) -> Mapping[str, Any]:
+def read_manifest(folder: Path, hint: str = "check the path") -> Mapping[str, Any]:
     """The manifest of `folder`, its own hash checked.
 
     Raises InputRefused where there is none, ArtifactDamaged where any byte of it differs from what was written.
@@ -111,7 +111,7 @@ def read_manifest(folder: Path) -> Mapping[str, Any]:
         raw = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         found = "no such folder" if not folder.is_dir() else f"a folder without {MANIFEST}"
-        raise InputRefused(f"{folder}: found {found}, need a lorakit artifact", "check the path") from None
+        raise InputRefused(f"{folder}: found {found}, need a lorakit artifact", hint) from None
     except OSError as error:
         raise disk_failed(error, path) from error
     try:
@@ -137,14 +137,10 @@ def open_artifact(folder: Path, kind: str) -> Artifact:
 
     Raises InputRefused (nothing there, or another kind), ArtifactDamaged (a file isn't what the manifest says).
     """
-    try:
-        manifest = read_manifest(folder)
-    except InputRefused as error:
-        raise InputRefused(error.message, f"`{MADE_BY[kind]}` makes {kind} folders") from None
+    hint = f"`{MADE_BY[kind]}` makes {kind} folders"
+    manifest = read_manifest(folder, hint)
     if manifest["kind"] != kind:
-        raise InputRefused(
-            f"{folder}: found {manifest['kind']}, need {kind}", f"`{MADE_BY[kind]}` makes {kind} folders"
-        )
+        raise InputRefused(f"{folder}: found {manifest['kind']}, need {kind}", hint)
     for name, entry in manifest["files"].items():
         path = folder / name
         try:
@@ -297,6 +293,7 @@ def commit(
 
 def replace(new: Path, target: Path) -> None:
     """Give a whole artifact the name of another one, which goes only after that. Raises DiskFailed."""
+    target = target.resolve()
     try:
         _replace(new, target, target.with_name(f".trash-{target.name}-{uuid.uuid4().hex}"))
     except OSError as error:
@@ -307,7 +304,7 @@ def sweep(folder: Path) -> None:
     """Remove the stages and trash that a killed process left in `folder`, under its lock. Raises DiskFailed."""
     try:
         for path in folder.iterdir() if folder.is_dir() else ():
-            if re.fullmatch(r"\.(stage|trash)-.*", path.name):
+            if re.fullmatch(r"\.(stage|trash)-(.+-)?[0-9a-f]{32}", path.name):
                 _drop(path)
     except OSError as error:
         raise disk_failed(error, folder) from error

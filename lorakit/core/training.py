@@ -12,6 +12,7 @@ and at its end, beside them:            the adapter as PEFT writes it, tokenizer
 import hashlib
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -121,11 +122,14 @@ def train(config: TrainConfig, target: Path, blocks_folder: Path, report: Report
     Raises InputRefused, Mismatch (other data, base or settings than this folder's), ArtifactDamaged, Busy, DiskFailed,
     NonFinite, OutOfMemory, HubFailed, and Stopped after a signal, with the last step saved.
     """
-    with artifacts.lock(target):
+    overwrite = config.output.overwrite
+    beside = target.resolve().with_name(f"{target.resolve().name}.new")
+    with artifacts.lock(target), artifacts.lock(beside) if overwrite else nullcontext():
+        for folder in (target, beside) if overwrite else (target,):
+            artifacts.sweep(folder / CHECKPOINTS)
         blocks = Blocks(blocks_folder)
         weights = open_weights(model_folder(config.model.model))
         parents = {"blocks": blocks.artifact.fingerprint, "base": weights.fingerprint}
-        overwrite = config.output.overwrite
         in_progress = (CHECKPOINTS, METRICS)
         done = artifacts.claim(target, "adapter", config, parents, overwrite=overwrite, unfinished=in_progress)
         if done is not None:
@@ -137,16 +141,19 @@ def train(config: TrainConfig, target: Path, blocks_folder: Path, report: Report
             if not overwrite:
                 raise
         # The earlier run stays as it is until the new one, made beside it, is whole.
-        beside = target.with_name(f"{target.name}.new")
-        with artifacts.lock(beside):
-            try:
-                done = artifacts.claim(beside, "adapter", config, parents, overwrite=False, unfinished=in_progress)
-                run = None if done else _Run(config, beside, blocks, weights, parents, report)
-            except Mismatch:  # left by another run with --overwrite
-                artifacts.remove(beside)
-                run = _Run(config, beside, blocks, weights, parents, report)
-            facts = vars(run.run(should_stop)) if run else {**done.facts, "already_done": False}  # type: ignore[union-attr]
-            artifacts.replace(beside, target)
+        if os.path.ismount(target.resolve()):
+            raise Mismatch(
+                f"{target}: found another run on a mount point, which can't be renamed; need a new or empty folder",
+                f"choose another --output, such as {target / 'new'}",
+            )
+        try:
+            done = artifacts.claim(beside, "adapter", config, parents, overwrite=False, unfinished=in_progress)
+            run = None if done else _Run(config, beside, blocks, weights, parents, report)
+        except Mismatch:  # left by another run with --overwrite
+            artifacts.remove(beside)
+            run = _Run(config, beside, blocks, weights, parents, report)
+        facts = vars(run.run(should_stop)) if run else {**done.facts, "already_done": False}  # type: ignore[union-attr]
+        artifacts.replace(beside, target)
         return Trained(**{**facts, "path": target})
 
 
@@ -205,6 +212,7 @@ class _Run:
 
     def run(self, should_stop: ShouldStop) -> Trained:
         disk.make_folder(self.folder / CHECKPOINTS)
+        self._remove_oldest_checkpoints()  # which a killed run may not have come to
         metrics_path = self.folder / METRICS
         _cut_back(metrics_path, self.state.step)
         metrics = disk.AppendedFile(metrics_path)
@@ -219,6 +227,7 @@ class _Run:
                 if step % self.config.saving.save_steps == 0 or last or signal:
                     metrics.sync()
                     self._save()
+                    self._remove_oldest_checkpoints()
                 if signal:
                     raise Stopped(
                         f"{self.folder}: stopped after step {step} of {self.schedule.steps}, which is saved",
@@ -293,7 +302,6 @@ class _Run:
     def _newest_checkpoint(self) -> Artifact | None:
         """The newest whole checkpoint, of this very work. A damaged one is passed over, kept, and said."""
         damaged: ArtifactDamaged | None = None
-        artifacts.sweep(self.folder / CHECKPOINTS)
         for folder in sorted((self.folder / CHECKPOINTS).glob("step-????????"), reverse=True):
             try:
                 checkpoint = artifacts.open_artifact(folder, "checkpoint")
@@ -326,7 +334,7 @@ class _Run:
         self.report(Notice(f"goes on after step {self.state.step} of {self.schedule.steps}"))
 
     def _save(self) -> None:
-        """Commit a checkpoint, then remove the oldest beyond the limit."""
+        """Commit a checkpoint."""
         folder = self.folder / CHECKPOINTS / f"step-{self.state.step:08d}"
         if not folder.exists():
             moments = {
@@ -342,6 +350,8 @@ class _Run:
             artifacts.commit(
                 folder, "checkpoint", files.items(), config=self.config, parents=self.parents, facts=vars(self.state)
             )
+
+    def _remove_oldest_checkpoints(self) -> None:
         kept = sorted((self.folder / CHECKPOINTS).glob("step-????????"))
         for old in kept[: -self.config.saving.save_total_limit]:
             artifacts.remove(old)

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -286,6 +288,38 @@ def test_overwrite_keeps_the_old_run_until_the_new_one_is_whole(
     assert ran.json["resumed_from"] == 3
     assert ran.json["path"] == str(tmp_path / "run")
     assert len(losses(tmp_path / "run")) == 3
+    assert [path.name for path in tmp_path.glob("run*")] == ["run"]
+
+
+def test_what_a_killed_run_left_goes_with_the_next_one(
+    train: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between saving a checkpoint and removing an older one, or while removing it: before and after the end."""
+    command = ("run", "--max-steps", 4, "--save-steps", 2, "--save-total-limit", 1)
+
+    def dies(run: Any) -> None:
+        if run.state.step == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(training._Run, "_remove_oldest_checkpoints", dies)
+    assert train(*command).code == 130
+    assert len(os.listdir(tmp_path / "run" / "checkpoints")) == 2
+    monkeypatch.undo()
+    for _ in range(2):
+        shutil.copytree(tmp_path / "blocks", tmp_path / "run" / "checkpoints" / f".trash-step-00000002-{'0' * 32}")
+        assert train(*command).code == 0
+        assert os.listdir(tmp_path / "run" / "checkpoints") == ["step-00000004"]
+
+
+def test_a_mount_point_is_refused_before_the_training_that_would_replace_its_run(
+    train: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train("run", "--max-steps", 2)
+    monkeypatch.setattr(os.path, "ismount", lambda path: str(path) == str(tmp_path / "run"))
+    ran = train("run", "--max-steps", 3, "--overwrite")
+    assert ran.code == 5
+    assert "found another run on a mount point" in ran.err
+    assert len(losses(tmp_path / "run")) == 2
     assert [path.name for path in tmp_path.glob("run*")] == ["run"]
 
 

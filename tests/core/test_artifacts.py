@@ -1,0 +1,356 @@
+"""Artifacts: whole or not there, every flipped byte found, nothing foreign touched, one process at a time."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorakit.core import artifacts, disk
+from lorakit.core.config import PrepareConfig
+from lorakit.core.errors import ArtifactDamaged, Busy, InputRefused, Mismatch
+from tests.conftest import Ran
+
+CONFIG = PrepareConfig.resolve((None, {"dataset": "rows.jsonl", "tokenizer": "owner/name"}))
+OTHER = PrepareConfig.resolve((None, {"dataset": "rows.jsonl", "tokenizer": "owner/name", "block_size": 64}))
+PARENTS = {"dataset": "d" * 64}
+FILES = {"blocks-00000.safetensors": b"first shard", "blocks-00001.safetensors": b"", "notes.txt": "é\n".encode()}
+
+
+def commit(target: Path, files: dict[str, disk.Content] | None = None, **changed: Any) -> artifacts.Artifact:
+    more: dict[str, Any] = {"config": CONFIG, "parents": PARENTS, "facts": {"rows": 3}, **changed}
+    return artifacts.commit(target, "blocks", (files or FILES).items(), **more)
+
+
+def claim(target: Path, config: PrepareConfig = CONFIG, *, overwrite: bool = False) -> artifacts.Artifact | None:
+    return artifacts.claim(target, "blocks", config, PARENTS, overwrite=overwrite)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+# Whole
+
+
+def test_what_was_committed_is_what_is_opened(tmp_path: Path) -> None:
+    made = commit(tmp_path / "a", {"x": iter([b"in ", b"", b"pieces"])})
+    opened = artifacts.open_artifact(tmp_path / "a", "blocks")
+    assert (opened.kind, opened.parents, opened.facts) == ("blocks", PARENTS, {"rows": 3})
+    assert opened.config == CONFIG.flat()
+    assert opened.manifest == made.manifest
+    assert (tmp_path / "a" / "x").read_bytes() == b"in pieces"
+    assert sorted(os.listdir(tmp_path)) == ["a"]
+    assert sorted(os.listdir(tmp_path / "a")) == ["lorakit.json", "lorakit.yaml", "x"]
+
+
+def test_any_flipped_bit_is_found(tmp_path: Path) -> None:
+    """Every byte of every file, the manifest's own too."""
+    folder = tmp_path / "a"
+    commit(folder)
+    for name, before in content(folder).items():
+        for place in range(len(before)):
+            flipped = bytearray(before)
+            flipped[place] ^= 1 << (place % 8)
+            (folder / name).write_bytes(flipped)
+            with pytest.raises(ArtifactDamaged) as caught:
+                artifacts.open_artifact(folder, "blocks")
+            assert caught.value.message.startswith(f"{folder / name}: found ")
+        (folder / name).write_bytes(before)
+    artifacts.open_artifact(folder, "blocks")
+
+
+@pytest.mark.parametrize("name", [*FILES, "lorakit.yaml", "lorakit.json"])
+def test_a_file_that_is_longer_shorter_or_gone_is_found(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / "a"
+    commit(folder)
+    before = (folder / name).read_bytes()
+    for other in (before + b"\n", before[:-1] if before else b"x"):
+        (folder / name).write_bytes(other)
+        with pytest.raises(ArtifactDamaged):
+            artifacts.open_artifact(folder, "blocks")
+    (folder / name).unlink()
+    with pytest.raises(InputRefused if name == "lorakit.json" else ArtifactDamaged):
+        artifacts.open_artifact(folder, "blocks")
+
+
+@pytest.mark.parametrize("raw", [b"", b"{}", b"[]", b"null", b"\xff", b"[" * 50_000, b'{"sha256": "0"}'])
+def test_a_manifest_that_is_none_is_damage(raw: bytes, tmp_path: Path) -> None:
+    (tmp_path / "lorakit.json").write_bytes(raw)
+    with pytest.raises(ArtifactDamaged) as caught:
+        artifacts.open_artifact(tmp_path, "blocks")
+    assert caught.value.exit_code == 4
+
+
+def test_a_newer_format_is_told_with_who_wrote_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(artifacts, "FORMAT", 2)
+    monkeypatch.setattr(artifacts, "__version__", "9.9.9")
+    commit(tmp_path / "a")
+    monkeypatch.setattr(artifacts, "FORMAT", 1)
+    with pytest.raises(InputRefused, match="found format 2, need at most 1") as caught:
+        artifacts.open_artifact(tmp_path / "a", "blocks")
+    assert "9.9.9" in caught.value.hint
+
+
+def test_another_kind_is_refused_with_the_command_that_makes_this_one(tmp_path: Path) -> None:
+    commit(tmp_path / "a")
+    for folder, found in ((tmp_path / "a", "found blocks"), (tmp_path / "none", "found no such folder")):
+        with pytest.raises(InputRefused, match=found) as caught:
+            artifacts.open_artifact(folder, "adapter")
+        assert "`lorakit train` makes adapter folders" in caught.value.hint
+
+
+def test_the_same_bytes_have_the_same_fingerprint_whatever_their_settings_say(tmp_path: Path) -> None:
+    one, two = commit(tmp_path / "a"), commit(tmp_path / "b", config=OTHER)
+    assert one.fingerprint == two.fingerprint
+    assert commit(tmp_path / "c", {**FILES, "notes.txt": b"e\n"}).fingerprint != one.fingerprint
+
+
+def test_files_have_the_mode_that_the_user_asks_for(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        commit(tmp_path / "a")
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "a").iterdir()} == {0o640}
+
+
+# Or not there
+
+
+def failing(after: str) -> Any:
+    yield after, b"a shard"
+    raise RuntimeError("the maker failed")
+
+
+def refuse(stage: Path) -> None:
+    assert sorted(os.listdir(stage)) == ["lorakit.yaml", "notes.txt"]
+    raise ArtifactDamaged("not equal", "stop")
+
+
+def test_what_fails_leaves_nothing(tmp_path: Path) -> None:
+    more: dict[str, Any] = {"config": CONFIG, "parents": {}, "facts": {}}
+    with pytest.raises(RuntimeError, match="the maker failed"):
+        artifacts.commit(tmp_path / "a", "blocks", failing("x"), **more)
+    with pytest.raises(ArtifactDamaged, match="not equal"):
+        commit(tmp_path / "a", {"notes.txt": b"e"}, check=refuse)
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_fails_leaves_the_old_one(tmp_path: Path) -> None:
+    commit(tmp_path / "a")
+    before = content(tmp_path)
+    with pytest.raises(RuntimeError, match="the maker failed"):
+        artifacts.commit(tmp_path / "a", "blocks", failing("x"), config=CONFIG, parents={}, facts={})
+    assert content(tmp_path) == before
+
+
+def test_a_new_one_replaces_all_of_the_old_one(tmp_path: Path) -> None:
+    commit(tmp_path / "a")
+    commit(tmp_path / "a", {"y": b"new"}, config=OTHER)
+    assert sorted(os.listdir(tmp_path)) == ["a"]
+    assert sorted(os.listdir(tmp_path / "a")) == ["lorakit.json", "lorakit.yaml", "y"]
+
+
+def test_an_empty_folder_keeps_being_that_folder(tmp_path: Path) -> None:
+    """It may be a mount point, or someone's working directory."""
+    (tmp_path / "a").mkdir()
+    inode = (tmp_path / "a").stat().st_ino
+    commit(tmp_path / "a")
+    assert (tmp_path / "a").stat().st_ino == inode
+    artifacts.open_artifact(tmp_path / "a", "blocks")
+
+
+def test_a_link_stays_a_link(tmp_path: Path) -> None:
+    commit(tmp_path / "there", config=OTHER)
+    (tmp_path / "a").symlink_to("there")
+    with artifacts.lock(tmp_path / "a"):
+        commit(tmp_path / "a")
+    assert (tmp_path / "a").is_symlink()
+    assert artifacts.open_artifact(tmp_path / "there", "blocks").config["block_size"] == 2048
+    assert sorted(os.listdir(tmp_path)) == ["a", "there"]
+
+
+# Claiming
+
+
+def test_a_new_or_empty_place_may_be_written(tmp_path: Path) -> None:
+    assert claim(tmp_path / "new") is None
+    (tmp_path / "empty" / "lost+found").mkdir(parents=True)
+    assert claim(tmp_path / "empty") is None
+
+
+def test_the_same_work_is_found_again(tmp_path: Path) -> None:
+    commit(tmp_path / "a")
+    found = claim(tmp_path / "a")
+    assert found is not None
+    assert found.facts == {"rows": 3}
+
+
+def test_other_work_is_told_apart_and_may_be_overwritten(tmp_path: Path) -> None:
+    commit(tmp_path / "a")
+    with pytest.raises(Mismatch) as caught:
+        claim(tmp_path / "a", OTHER)
+    assert "block_size: found 2048, asked for 64" in caught.value.message
+    assert "--overwrite" in caught.value.hint
+    assert claim(tmp_path / "a", OTHER, overwrite=True) is None
+    with pytest.raises(Mismatch, match="found blocks, need a new or empty folder for adapter"):
+        artifacts.claim(tmp_path / "a", "adapter", CONFIG, PARENTS, overwrite=False)
+
+
+def test_damage_is_told_and_may_be_overwritten(tmp_path: Path) -> None:
+    commit(tmp_path / "a")
+    (tmp_path / "a" / "notes.txt").write_bytes(b"!!!")
+    with pytest.raises(ArtifactDamaged):
+        claim(tmp_path / "a")
+    assert claim(tmp_path / "a", overwrite=True) is None
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_isnt_lorakits_is_never_touched(overwrite: bool, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "thesis.tex").write_text("x")
+    (tmp_path / "file").write_text("x")
+    before = content(tmp_path)
+    for name in ("folder", "file"):
+        with pytest.raises(InputRefused, match="lorakit's, need a new or empty folder"):
+            claim(tmp_path / name, overwrite=overwrite)
+    assert content(tmp_path) == before
+
+
+# One process at a time
+
+
+def test_a_second_process_is_told_who_holds_the_output(tmp_path: Path) -> None:
+    with (
+        artifacts.lock(tmp_path / "a"),
+        pytest.raises(Busy, match=f'"pid": {os.getpid()}') as caught,
+        artifacts.lock(tmp_path / "a"),
+    ):
+        pass
+    assert caught.value.exit_code == 6
+    with artifacts.lock(tmp_path / "a"):
+        pass
+    assert os.listdir(tmp_path) == []
+
+
+def add_one(folder: Path, rounds: int) -> None:
+    """Read a number, add one, write it: loses counts unless one process does it at a time."""
+    for _ in range(rounds):
+        while True:
+            try:
+                with artifacts.lock(folder / "a"):
+                    number = int((folder / "number").read_text())
+                    (folder / "number").write_text(str(number + 1))
+                break
+            except Busy:
+                pass
+
+
+def test_many_processes_hold_it_one_after_the_other(tmp_path: Path) -> None:
+    (tmp_path / "number").write_text("0")
+    processes = [multiprocessing.get_context("fork").Process(target=add_one, args=(tmp_path, 40)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert (tmp_path / "number").read_text() == "160"
+    assert os.listdir(tmp_path) == ["number"]
+
+
+def test_two_names_of_one_folder_have_one_lock(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "a").symlink_to("there")
+    with artifacts.lock(tmp_path / "there"), pytest.raises(Busy), artifacts.lock(tmp_path / "a"):
+        pass
+
+
+# What a killed process left
+
+
+def test_leftovers_go_and_neighbours_stay(tmp_path: Path) -> None:
+    token = "0" * 32
+    for name in (f".stage-a-{token}", f".trash-b-{token}", ".stage-a-mine", "stage-a"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x").write_text("x")
+    with artifacts.lock(tmp_path / "a"):
+        pass
+    assert sorted(os.listdir(tmp_path)) == [".stage-a-mine", f".trash-b-{token}", "stage-a"]
+
+
+def test_a_folder_that_may_be_someone_elses_loses_nothing_that_only_looks_like_a_leftover(tmp_path: Path) -> None:
+    for name in (".trash-1000", ".stage-left", ".hidden"):
+        (tmp_path / "home" / name).mkdir(parents=True)
+    with artifacts.lock(tmp_path / "home"):
+        pass
+    assert sorted(os.listdir(tmp_path / "home")) == [".hidden", ".stage-left", ".trash-1000"]
+
+
+def test_an_old_one_between_two_renames_gets_its_name_back(tmp_path: Path) -> None:
+    commit(tmp_path / "a")
+    before = content(tmp_path / "a")
+    os.rename(tmp_path / "a", tmp_path / f".trash-a-{'0' * 32}")
+    with artifacts.lock(tmp_path / "a"):
+        pass
+    assert content(tmp_path / "a") == before
+    assert os.listdir(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize("moved", range(len(FILES) + 2))
+def test_a_stage_that_was_moving_in_is_completed(moved: int, tmp_path: Path) -> None:
+    commit(tmp_path / "whole")
+    before = content(tmp_path / "whole")
+    stage = tmp_path / "a" / f".stage-{'0' * 32}"
+    shutil.copytree(tmp_path / "whole", stage)
+    for name in sorted(set(before) - {"lorakit.json"})[:moved]:
+        os.rename(stage / name, tmp_path / "a" / name)
+    with artifacts.lock(tmp_path / "a"):
+        pass
+    assert content(tmp_path / "a") == before
+
+
+def test_a_stage_that_wasnt_complete_goes(tmp_path: Path) -> None:
+    commit(tmp_path / "whole")
+    stage = tmp_path / "a" / f".stage-{'0' * 32}"
+    shutil.copytree(tmp_path / "whole", stage)
+    (stage / "notes.txt").write_bytes(b"")
+    with artifacts.lock(tmp_path / "a"):
+        pass
+    assert os.listdir(tmp_path / "a") == []
+
+
+def test_a_removed_artifact_is_gone_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit(tmp_path / "a")
+    monkeypatch.setattr(shutil, "rmtree", lambda *arguments, **options: None)
+    artifacts.remove(tmp_path / "a")
+    left = list(tmp_path.iterdir())
+    assert [path.name.startswith(".trash-a-") for path in left] == [True]
+    assert not artifacts.is_artifact(left[0])
+
+
+def test_a_damaged_one_is_set_aside_whole(tmp_path: Path) -> None:
+    commit(tmp_path / "step-00000002")
+    before = content(tmp_path / "step-00000002")
+    aside = artifacts.set_aside(tmp_path / "step-00000002")
+    assert aside.name.startswith("bad-step-00000002-")
+    assert content(aside) == before
+    assert os.listdir(tmp_path) == [aside.name]
+
+
+# From the command line
+
+
+def test_the_manifest_is_json_that_anyone_reads(
+    cli: Callable[..., Ran], tiny_llama: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    made = cli("prepare", rows_file, "--tokenizer", tiny_llama, "--block-size", "64", "--output", "out", "--json")
+    assert made.code == 0, made.err
+    manifest = json.loads((tmp_path / "out" / "lorakit.json").read_text())
+    assert manifest["kind"] == "blocks"
+    assert manifest["files"].keys() == set(os.listdir(tmp_path / "out")) - {"lorakit.json"}
+    assert {"torch", "transformers", "tokenizers"} <= manifest["versions"].keys()
