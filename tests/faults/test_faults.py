@@ -24,8 +24,9 @@ def loop(tmp_path: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
-def test_no_fault_leaves_half_an_artifact(tmp_path: Path) -> None:
-    ran = loop(tmp_path, "prepare", "--mode", "kill", "enospc", "--every", "4", "--jobs", "1", "--variant", "new")
+@pytest.mark.parametrize(("command", "every"), [("prepare", "4"), ("train", "15"), ("merge", "9")])
+def test_no_fault_leaves_half_an_artifact(command: str, every: str, tmp_path: Path) -> None:
+    ran = loop(tmp_path, command, "--mode", "kill", "enospc", "--every", every, "--jobs", "2", "--variant", "new")
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert ran.stdout.count(", 0 bad") == 2
 
