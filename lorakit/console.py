@@ -83,6 +83,18 @@ class Console:
             line.rstrip()
             self._print(self._out, line)
 
+    def preview(self, place: str, runs: Sequence[Any], *, ids: bool) -> None:
+        """A row as it is trained: what is trained stands in brackets, in colour."""
+        line = Text(f"{place}\n", style="bold")
+        for run in runs:
+            line.append("[" if run.trained else "", style="bold green")
+            line.append(run.text, style="green" if run.trained else "dim")
+            line.append("]" if run.trained else "", style="bold green")
+            if ids:
+                line.append(f" {{{' '.join(map(str, run.ids))}}} ", style="cyan")
+        if not self.json:
+            self._print(self._out, line)
+
     def curve(self, title: str, values: Sequence[float], height: int = 8, width: int = 60) -> None:
         """A line of numbers as a small picture on stdout; each column is the mean of its share of the values."""
         if self.json or not values:

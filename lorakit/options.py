@@ -69,7 +69,7 @@ def _parameters(setting: Setting) -> list[inspect.Parameter]:
     kind, extra = setting.kind, setting.extra
     if extra["positional"]:
         argument = typer.Argument(help=setting.help, metavar=extra["metavar"], show_default=False)
-        return [_keyword(setting.name, str | None, None, argument)]
+        return [_keyword(setting.name, list[str] | None if extra["repeated"] else str | None, None, argument)]
     if kind is bool and setting.field.default:  # shown by what turns it off; the other is for what a file turned off
         off = f"Turn off {setting.label}: {setting.help}"
         return [
@@ -88,7 +88,7 @@ def _parameters(setting: Setting) -> list[inspect.Parameter]:
         rich_help_panel=setting.title,
         autocompletion=(lambda: completions) if completions else None,
     )
-    return [_keyword(setting.name, list[str] | None if setting.repeated else str | None, None, option)]
+    return [_keyword(setting.name, list[str] | None if extra["repeated"] else str | None, None, option)]
 
 
 def _metavar(kind: Any, choices: list[str] | None) -> str:

@@ -84,6 +84,21 @@ def make_tokenizer(folder: Path, chat_template: str | None = CHATML) -> Any:
     return tokenizer
 
 
+def _gpt2_bytes() -> dict[str, int]:
+    """The byte that each character of a byte-level vocabulary stands for (Radford et al. 2019, encoder.py)."""
+    kept = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in kept]
+    return {chr(byte): byte for byte in kept} | {chr(256 + place): byte for place, byte in enumerate(others)}
+
+
+BYTES = _gpt2_bytes()
+
+
+def unmasked(name: str) -> bytes:
+    """The bytes that a token of a byte-level vocabulary stands for."""
+    return bytes(BYTES[sign] for sign in name)
+
+
 def make_llama(folder: Path, *, seed: int = 0, chat_template: str | None = CHATML, **config: Any) -> Path:
     """A Llama of two layers with random weights and the byte-level tokenizer, as transformers saves it."""
     import torch

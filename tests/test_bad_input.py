@@ -102,19 +102,19 @@ CASES: Mapping[str, Case] = {
     "missing column": Case(
         "prepare rows.jsonl --tokenizer {base} --output out",
         3,
-        ("rows.jsonl:2", "prompt, answer", "need prompt + completion"),
+        ("rows.jsonl:2", "prompt, answer", "need completion"),
         (("rows.jsonl", GOOD_ROW + '{"prompt": "a", "answer": "b"}\n'),),
     ),
     "unknown columns": Case(
         "prepare rows.jsonl --tokenizer {base} --output out",
         3,
-        ("rows.jsonl:1", "question, answer", "messages or prompt + completion or text"),
-        (("rows.jsonl", '{"question": "a", "answer": "b"}\n'),),
+        ("rows.jsonl:1", "asked, answer", "prompt + completion", "--columns"),
+        (("rows.jsonl", '{"asked": "a", "answer": "b"}\n'),),
     ),
     "empty dataset": Case(
         "prepare rows.jsonl --tokenizer {base} --output out",
         3,
-        ("rows.jsonl", "0 rows with no token to train on"),
+        ("rows.jsonl", "found no rows"),
         (("rows.jsonl", "\n\n"),),
     ),
     "not JSON": Case(
@@ -136,7 +136,7 @@ CASES: Mapping[str, Case] = {
         (("rows.jsonl", GOOD_ROW + '{"prompt": "a", "completion": ""}\n'),),
     ),
     "no such dataset": Case("prepare missing.jsonl --tokenizer {base} --output out", 3, ("missing.jsonl", "no such")),
-    "a folder as dataset": Case("prepare {blocks} --tokenizer {base} --output out", 3, ("found a folder",)),
+    "blocks as dataset": Case("prepare {blocks} --tokenizer {base} --output out", 3, ("blocks folder", "--blocks")),
     # models
     "no model there": Case(
         "train --model ./missing --blocks {blocks} --output out", 3, ("./missing", "no such folder")

@@ -147,7 +147,7 @@ def test_a_command_without_json_prints_its_figures_and_the_next_command(
     ran = cli(*dataset)
     assert ran.code == 0
     names = [line.partition("  ")[0] for line in ran.out.splitlines()]
-    assert names == ["blocks", "rows", "tokens", "trained tokens"]
+    assert names == ["blocks", "rows", "tokens", "trained tokens", "lengths", "longest", "ends trained"]
     assert str(tmp_path / "cache") in ran.out.splitlines()[0]
     assert ran.err.splitlines()[-1].startswith("hint: lorakit train --model ")
 

@@ -47,11 +47,27 @@ TRAIN = ("--model", "m", "--blocks", "/b")
 TYPED: list[tuple[type[StepConfig], str, dict[str, Any]]] = [
     (
         PrepareConfig,
-        "/d/r.jsonl --tokenizer t --block-size 64 --train-on all --template none --pack none --long drop "
+        "--split s --subset u --revision r --format alpaca --columns instruction=a,output=b --max-rows 7 "
+        "--validation-split 0.125 --validation-dataset /d/v.csv --on-bad-row skip --num-workers 2 "
+        "--seed 5 --preview 3 --preview-ids /d/r.jsonl /d/s.jsonl "
+        "--tokenizer t --block-size 64 --train-on all --template none --pack none --long drop "
         "--output /o --overwrite",
         {
-            "dataset": "/d/r.jsonl",
+            "dataset": ["/d/r.jsonl", "/d/s.jsonl"],
             "tokenizer": "t",
+            "seed": 5,
+            "preview": 3,
+            "preview_ids": True,
+            "split": "s",
+            "subset": "u",
+            "revision": "r",
+            "format": "alpaca",
+            "columns": ["instruction=a", "output=b"],
+            "max_rows": 7,
+            "validation_split": 0.125,
+            "validation_dataset": ["/d/v.csv"],
+            "on_bad_row": "skip",
+            "num_workers": 2,
             "block_size": 64,
             "train_on": "all",
             "template": "none",
@@ -63,6 +79,8 @@ TYPED: list[tuple[type[StepConfig], str, dict[str, Any]]] = [
     ),
     (
         TrainConfig,
+        "--split s --subset u --revision r --format alpaca --columns instruction=a,output=b --max-rows 7 "
+        "--validation-split 0.125 --validation-dataset /d/v.csv --on-bad-row skip --num-workers 2 "
         "--model m --dataset /d/r.jsonl --dtype bf16 --block-size 32 --train-on all --template chat --pack none "
         "--long split --rank 4 --lora-alpha 7.5 --lora-dropout 0.25 --target-modules q_proj,v_proj "
         "--learning-rate 2e-5 --lr-scheduler-type cosine --warmup-ratio 0.5 --weight-decay 0.125 --max-grad-norm 3 "
@@ -70,8 +88,18 @@ TYPED: list[tuple[type[StepConfig], str, dict[str, Any]]] = [
         "--save-steps 11 --save-total-limit 12 --logging-steps 13 --output /o --overwrite",
         {
             "model": "m",
-            "blocks": None,
-            "dataset": "/d/r.jsonl",
+            "blocks": [],
+            "dataset": ["/d/r.jsonl"],
+            "split": "s",
+            "subset": "u",
+            "revision": "r",
+            "format": "alpaca",
+            "columns": ["instruction=a", "output=b"],
+            "max_rows": 7,
+            "validation_split": 0.125,
+            "validation_dataset": ["/d/v.csv"],
+            "on_bad_row": "skip",
+            "num_workers": 2,
             "dtype": "bf16",
             "block_size": 32,
             "train_on": "all",
@@ -124,8 +152,8 @@ TYPED: list[tuple[type[StepConfig], str, dict[str, Any]]] = [
     ),
     (
         EvaluateConfig,
-        "m --base b --dtype fp16 --blocks /b --batch-size 3",
-        {"model": "m", "base": "b", "dtype": "fp16", "blocks": "/b", "batch_size": 3},
+        "m --base b --dtype fp16 --blocks /b --blocks /c --batch-size 3",
+        {"model": "m", "base": "b", "dtype": "fp16", "blocks": ["/b", "/c"], "batch_size": 3},
     ),
     (DemoConfig, "--model m --output /o --epochs 2", {"model": "m", "output": "/o", "epochs": 2.0}),
 ]
@@ -142,7 +170,7 @@ def test_every_option_arrives_as_it_was_typed(
 
 def test_blocks_and_accumulation_arrive_too() -> None:
     found = values(TrainConfig, *TRAIN, "--gradient-accumulation-steps", "4")
-    assert (found["blocks"], found["gradient_accumulation_steps"]) == ("/b", 4)
+    assert (found["blocks"], found["gradient_accumulation_steps"]) == (["/b"], 4)
 
 
 def test_a_short_option_is_the_long_one() -> None:
@@ -195,7 +223,7 @@ def test_a_file_fills_in_what_isnt_typed(tmp_path: Path) -> None:
         tmp_path, "model: m\nblocks: /b\nrank: 8\nlearning_rate: 1.0e-3\ngradient_checkpointing: false\n"
     )
     found = values(TrainConfig, "--config", str(path), "--rank", "4")
-    assert (found["model"], found["blocks"], found["rank"], found["learning_rate"]) == ("m", "/b", 4, 1e-3)
+    assert (found["model"], found["blocks"], found["rank"], found["learning_rate"]) == ("m", ["/b"], 4, 1e-3)
     assert found["gradient_checkpointing"] is False
     typed = values(TrainConfig, "--config", str(path), "--gradient-checkpointing")
     assert typed["gradient_checkpointing"] is True

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -75,21 +76,16 @@ def test_a_conversation_keeps_its_history(cli: Cli, tiny_llama: Path, monkeypatc
     import io
     import sys
 
-    from lorakit.core import generation
+    from lorakit.core.templates import Template
 
     asked: list[str] = []
-    original = generation.Codec.render_chat.fget  # type: ignore[attr-defined]
+    original = Template.chat
 
-    def watched(codec: object) -> object:
-        render = original(codec)
+    def watched(template: Template, messages: list[dict[str, str]], **more: Any) -> Any:
+        asked.append(" | ".join(message["role"] for message in messages))
+        return original(template, messages, **more)
 
-        def rendering(messages: list[dict[str, str]], open_turn: bool) -> str:
-            asked.append(" | ".join(message["role"] for message in messages))
-            return str(render(messages, open_turn))
-
-        return rendering
-
-    monkeypatch.setattr(generation.Codec, "render_chat", property(watched))
+    monkeypatch.setattr(Template, "chat", watched)
     monkeypatch.setattr(sys, "stdin", io.StringIO("one\ntwo\n\nnever read\n"))
     ran = cli("chat", tiny_llama, "--system", "Be kind.", "--max-new-tokens", 4, "--json")
     assert ran.code == 0, ran.err

@@ -20,17 +20,19 @@ FLOORS = (
     ("errors", "events"),
     ("config", "disk"),
     ("artifacts",),
-    ("records", "weights", "hub", "environment"),
-    ("blocks", "adapters"),
-    ("model",),
+    ("templates", "weights", "hub", "environment"),
+    ("records",),
+    ("readers", "tokenization"),
+    ("sources", "packing", "blocks", "adapters"),
+    ("preparing", "model"),
     ("evaluation", "generation"),
     ("training", "merging", "starter"),
 )
 """The rooms of the core from the ground up; rooms on one floor don't import each other."""
 
 WITHOUT_TORCH = (
-    *("errors", "events", "config", "disk", "artifacts", "records", "weights", "hub", "environment"),
-    *("blocks", "adapters"),
+    *("errors", "events", "config", "disk", "artifacts", "templates", "weights", "hub", "environment", "records"),
+    *("readers", "tokenization", "sources", "packing", "blocks", "adapters", "preparing"),
 )
 
 
@@ -178,6 +180,7 @@ def test_every_option_reaches_the_code(step: type[StepConfig]) -> None:
         if path.name not in ("config.py", "options.py") and "__pycache__" not in path.parts
     ]
     properties = {"gradient_accumulation_steps": "accumulation_steps", "effective_batch_size": "accumulation_steps"}
+    properties |= {"columns": "renamed"}
     for name, setting in step.settings().items():
         attribute = properties.get(name, name)
         read = re.compile(rf"\b(?:{setting.section}|lora|packing|sampling|batch)\.{attribute}\b")

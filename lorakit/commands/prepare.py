@@ -1,6 +1,7 @@
 """`lorakit prepare`: a dataset → packed blocks of tokens."""
 
 import time
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from lorakit.console import Console
@@ -14,19 +15,38 @@ def run(config: "PrepareConfig", console: Console) -> None:
 
     Example: lorakit prepare rows.jsonl --tokenizer ./model --block-size 2048 --output blocks
     """
-    from lorakit.core.blocks import prepare
-    from lorakit.core.hub import model_folder
-    from lorakit.core.model import load_tokenizer
+    from lorakit.core.preparing import prepare
 
     started = time.monotonic()
-    prepared = prepare(config, load_tokenizer(model_folder(config.data.tokenizer)), console.report)
-    console.summary(
-        {
-            "blocks": f"{prepared.path}{' (made before, with the same bytes)' if prepared.cached else ''}",
-            "rows": f"{prepared.rows:,} ({prepared.dropped:,} dropped, {prepared.truncated:,} truncated)",
-            "tokens": f"{prepared.tokens:,} in {prepared.blocks:,} blocks, {prepared.fill:.1%} full",
-            "trained tokens": f"{prepared.trained_tokens:,}",
-        }
-    )
-    console.result({**vars(prepared), "seconds": time.monotonic() - started})
+    prepared = prepare(config, console.report)
+    figures = prepared.figures
+    for row in prepared.preview:
+        console.preview(row.place, row.runs, ids=config.preview.preview_ids)
+    dropped = sum(figures["dropped_by_reason"].values())
+    held_out = f", {prepared.validation_blocks:,} of them held out" if prepared.validation_blocks else ""
+    all_blocks = prepared.blocks + prepared.validation_blocks
+    lengths = [f"≤ {length}: {count:,}" for length, count in figures["lengths"].items()]
+    reasons = [f"{count:,} {reason}" for reason, count in figures["dropped_by_reason"].items()]
+    summary = {
+        "blocks": f"{prepared.path}{' (made before, with the same bytes)' if prepared.cached else ''}",
+        "rows": f"{figures['rows']:,} → {figures['documents']:,} documents",
+        "tokens": f"{figures['tokens']:,} in {all_blocks:,} blocks{held_out}, {prepared.fill:.1%} full",
+        "trained tokens": f"{figures['trained_tokens']:,}, {figures['trained_tokens'] / figures['tokens']:.1%}",
+        "lengths": ", ".join(lengths),
+        "longest": f"{figures['longest_tokens']:,} tokens, {figures['longest_row']}",
+        "ends trained": f"{figures['ends_trained'] / max(figures['rows'] - figures['rejected'], 1):.1%} of the rows",
+    }
+    unusual = {
+        "split": f"{figures['split']:,} rows longer than a block",
+        "truncated": f"{figures['truncated']:,} rows, {figures['answers_truncated']:,} of them in what is trained",
+        "rejected": f"{figures['rejected']:,} rows, in {prepared.path / 'rejected.jsonl'}",
+        "pieces_dropped": f"{figures['pieces_dropped']:,} pieces of split rows with nothing to train on",
+        "double_bos": f"{figures['double_bos']:,} rows begin with two begin tokens",
+    }
+    summary |= {name.replace("_", " "): text for name, text in unusual.items() if figures[name]}
+    console.summary(summary | ({"dropped": ", ".join(reasons)} if dropped else {}))
+    flat = {name: value for name, value in vars(prepared).items() if name not in ("figures", "preview")}
+    preview = [asdict(row) for row in prepared.preview]
+    seconds = time.monotonic() - started
+    console.result({**flat, **figures, "dropped": dropped, "preview": preview, "seconds": seconds})
     console.hint(f"lorakit train --model {config.data.tokenizer} --blocks {prepared.path}")

@@ -16,22 +16,22 @@ def run(config: "TrainConfig", console: Console) -> None:
 
     Example: lorakit train --model ./model --blocks blocks --output runs/mine
     """
-    from lorakit.core.blocks import prepare
-    from lorakit.core.config import DatasetSection, OutputSection, PrepareConfig
-    from lorakit.core.hub import model_folder
-    from lorakit.core.model import load_tokenizer
+    from lorakit.core.config import DatasetSection, OutputSection, PrepareConfig, PreviewSection, SplitSection
+    from lorakit.core.preparing import prepare
     from lorakit.core.training import train
 
     blocks = config.data.blocks
-    if config.data.dataset is not None:
+    if config.data.dataset:
         request = PrepareConfig(
             data=DatasetSection(dataset=config.data.dataset, tokenizer=config.model.model),
+            rows=config.rows,
+            held_out=SplitSection(seed=config.batch.seed),
             packing=config.packing,
             output=OutputSection(),
+            preview=PreviewSection(),
         )
-        blocks = prepare(request, load_tokenizer(model_folder(config.model.model)), console.report).path
-    assert blocks is not None  # the config has one source of blocks
-    target = config.output.output or Path("runs").absolute() / f"{Path(config.model.model).name}-{blocks.name}"
+        blocks = (prepare(request, console.report).path,)
+    target = config.output.output or Path("runs").absolute() / f"{Path(config.model.model).name}-{blocks[0].name}"
     with Signals() as signals:
         trained = train(config, target, blocks, console.report, lambda: signals.asked)
     console.summary(

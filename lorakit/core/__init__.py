@@ -4,6 +4,7 @@ One word a thing:
 
 block          a fixed number of tokens, filled with whole documents where they fit
 document       one row of a dataset as tokens; it never sees another document of its block
+span           characters [start, end) of a text that are trained on
 trained token  a token whose prediction counts in the loss
 base           the pretrained model; it is never changed
 adapter        the LoRA matrices that training makes, in PEFT's format
@@ -15,10 +16,12 @@ Imports go down only:
 
     training, merging, starter
         evaluation, generation
-            model
-                blocks, adapters
-                    records, weights, hub, environment
-                        artifacts
-                            config, disk
-                                errors, events
+            preparing, model
+                sources, packing, blocks, adapters
+                    readers, tokenization
+                        records
+                            templates, weights, hub, environment
+                                artifacts
+                                    config, disk
+                                        errors, events
 """

@@ -168,15 +168,16 @@ def is_artifact(folder: Path) -> bool:
 
 
 @contextlib.contextmanager
-def lock(target: Path) -> Iterator[None]:
+def lock(target: Path, on_wait: Callable[[str], None] | None = None) -> Iterator[None]:
     """Hold `target` for one process and sweep what a killed one left there.
 
-    Raises Busy where another process holds it, DiskFailed where the place can't be written.
+    Where another process holds it: raises Busy, or tells `on_wait` (again and again) and waits for it. Raises
+    DiskFailed where the place can't be written.
     """
     target = target.resolve()
     path = (target if os.path.ismount(target) else target.parent) / f".{target.name}.lock"
     disk.make_folder(path.parent)
-    with disk.held(path):
+    with disk.held(path, on_wait):
         try:
             _sweep(target)
         except OSError as error:

@@ -6,7 +6,7 @@ A step's config is made of sections (`config.lora.rank`). To the user it is flat
 
 import difflib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, Union, get_args, get_origin
@@ -17,6 +17,7 @@ from pydantic.fields import FieldInfo
 
 from lorakit.core.errors import UsageError
 
+TEMPLATES = ("auto", "chat", "none", "alpaca", "vicuna", "llama2", "chatml")
 _MAX_SEED = 2**63 - 1  # what torch.manual_seed takes
 
 
@@ -27,16 +28,19 @@ def setting(
     positional: bool = False,
     short: str | None = None,
     metavar: str | None = None,
+    need: str | None = None,
+    repeated: bool = False,
     decides_result: bool = True,
     **bounds: float,
 ) -> Any:
-    """A field of a section.
+    """A field of a section. `need` says what a value must be where the type alone doesn't.
 
     `decides_result=False` marks what can't change the bytes of an artifact (where it is written, how often it is
     logged) or what its parents' fingerprints say already (where an input lies): such a setting may differ when the
     same work is asked for again.
     """
-    extra = {"positional": positional, "short": short, "metavar": metavar, "decides_result": decides_result}
+    extra = {"positional": positional, "short": short, "metavar": metavar, "need": need}
+    extra |= {"repeated": repeated, "decides_result": decides_result}
     return Field(default, description=help, json_schema_extra=extra, **bounds)  # type: ignore[call-overload]
 
 
@@ -56,6 +60,29 @@ def _absolute_if_local(name: str) -> str:
     return os.path.abspath(path) if os.path.exists(path) else name
 
 
+def _absolute_dataset(name: str) -> str:
+    return str(_absolute(Path(name))) if any(sign in name for sign in "*?[") else _absolute_if_local(name)
+
+
+def _template_or_file(name: str) -> str:
+    if name in TEMPLATES:
+        return name
+    path = _absolute(Path(name))
+    if not os.path.isfile(path):
+        raise ValueError("neither a template nor a file")
+    return str(path)
+
+
+def _renaming(pair: str) -> str:
+    if not all(part.strip() for part in pair.split("=", 1)) or "=" not in pair:
+        raise ValueError("not of the form name=column")
+    return pair
+
+
+def _one_or_more(value: object) -> object:
+    return (value,) if isinstance(value, str | Path) else value
+
+
 def _split_commas(value: object) -> object:
     return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
@@ -64,6 +91,11 @@ PathSetting = Annotated[Path, AfterValidator(_absolute)]
 """A path in UTF-8, kept absolute so that a saved setting means the same from any folder."""
 ModelName = Annotated[str, AfterValidator(_absolute_if_local)]
 """A local folder (kept absolute) or a hub id."""
+DatasetNames = Annotated[tuple[Annotated[str, AfterValidator(_absolute_dataset)], ...], BeforeValidator(_one_or_more)]
+"""Local files, folders and patterns (kept absolute), and hub ids."""
+Paths = Annotated[tuple[PathSetting, ...], BeforeValidator(_one_or_more)]
+Renamings = Annotated[tuple[Annotated[str, AfterValidator(_renaming)], ...], BeforeValidator(_split_commas)]
+"""name=column pairs, separated by commas."""
 Names = Annotated[tuple[str, ...], BeforeValidator(_split_commas), Field(min_length=1)]
 """One or more names, separated by commas."""
 
@@ -87,11 +119,13 @@ class OutputSection(Section):
 
 class DatasetSection(Section):
     title = "Data"
-    dataset: PathSetting = setting(
-        help="JSONL file: rows of prompt + completion, of messages, or of text.",
+    dataset: DatasetNames = setting(
+        help="Files, folders or patterns of JSONL, JSON, CSV, TSV, Parquet, Arrow, text (also .gz, .zst), or hub ids.",
         positional=True,
+        repeated=True,
         metavar="DATASET",
         decides_result=False,
+        min_length=1,
     )
     tokenizer: ModelName = setting(
         help="Model whose tokenizer and chat template are used: a folder or a hub id.",
@@ -100,21 +134,77 @@ class DatasetSection(Section):
     )
 
 
+class RowsSection(Section):
+    title = "Rows"
+    split: str | None = setting(
+        None, "Split of a dataset that has several. Left out: train.", metavar="NAME", decides_result=False
+    )
+    subset: str | None = setting(
+        None, "Configuration of a hub dataset, or a sub-folder.", metavar="NAME", decides_result=False
+    )
+    revision: str | None = setting(
+        None, "Branch, tag or commit of a hub dataset.", metavar="REVISION", decides_result=False
+    )
+    format: Literal["auto", "messages", "sharegpt", "preference", "prompt/completion", "alpaca", "text"] = setting(
+        "auto",
+        "What the rows are: messages, sharegpt, preference, prompt/completion, alpaca or text. auto: told from their "
+        "columns.",
+        metavar="FORMAT",
+    )
+    columns: Renamings = setting(
+        (), "Columns that the rows name otherwise: prompt=question,completion=answer.", metavar="NAME=COLUMN"
+    )
+    max_rows: int | None = setting(None, "Take only the first rows.", ge=1)
+    validation_split: float = setting(0.0, "Share of the rows that is held out for validation.", ge=0, lt=1)
+    validation_dataset: DatasetNames = setting(
+        (), "Rows for validation from elsewhere.", repeated=True, metavar="DATASET", decides_result=False
+    )
+    on_bad_row: Literal["stop", "skip"] = setting(
+        "stop", "A row that can't be used: stop and say why, or write it to rejected.jsonl beside the blocks."
+    )
+    num_workers: int | None = setting(
+        None, "Processes that render and tokenize. Left out: one a core.", ge=1, decides_result=False
+    )
+
+    @property
+    def renamed(self) -> dict[str, str]:
+        """The name that a format knows a column by → the dataset's own."""
+        return {name.strip(): column.strip() for name, _, column in (pair.partition("=") for pair in self.columns)}
+
+
+class SplitSection(Section):
+    title = "Rows"
+    seed: int = setting(0, "Seed of the choice of held-out rows.", ge=0, le=_MAX_SEED)
+
+
+class PreviewSection(Section):
+    title = "This command"
+    preview: int = setting(0, "Show the first rows as they are trained.", ge=0, decides_result=False)
+    preview_ids: bool = setting(False, "Show their token ids too.", decides_result=False)
+
+
 class PackingSection(Section):
     title = "Blocks"
     block_size: int = setting(2048, "Tokens in a block.", ge=8, le=65_536)
     train_on: Literal["completion", "all"] = setting(
         "completion", "Train on completions and assistant turns only, or on all tokens. Rows of text: always all."
     )
-    template: Literal["auto", "chat", "none"] = setting(
+    template: Annotated[str, AfterValidator(_template_or_file)] = setting(
         "auto",
-        "How prompt + completion rows become text: the tokenizer's chat template (auto: where it has one), "
-        "or plain joining.",
+        "How rows become text: the tokenizer's chat template, plain joining (none), alpaca, vicuna, llama2, chatml, or "
+        "a Jinja file. auto: chat where the tokenizer has one, else alpaca for Alpaca rows and none for others.",
+        metavar="NAME|FILE",
+        need="one of " + ", ".join(TEMPLATES) + ", or a Jinja file",
+        decides_result=False,
     )
-    pack: Literal["best-fit", "none"] = setting(
-        "best-fit", "Share blocks between documents, which never see each other; or pad one document a block."
+    pack: Literal["best-fit", "concat", "none"] = setting(
+        "best-fit",
+        "Share blocks between documents that never see each other; join all documents and cut (concat); or pad one "
+        "document a block (none).",
     )
-    long: Literal["split", "truncate", "drop"] = setting("split", "What to do with a document longer than a block.")
+    long: Literal["split", "truncate", "drop"] = setting(
+        "split", "What to do with a document longer than a block. With --pack concat nothing is too long."
+    )
 
 
 class ModelSection(Section):
@@ -129,13 +219,19 @@ class ModelSection(Section):
 
 class TrainDataSection(Section):
     title = "Data"
-    blocks: PathSetting | None = setting(
-        None, "Blocks folder made by `lorakit prepare`.", metavar="DIR", decides_result=False
+    blocks: Paths = setting(
+        (),
+        "Blocks folder made by `lorakit prepare`; may be given several times.",
+        repeated=True,
+        metavar="DIR",
+        decides_result=False,
     )
-    dataset: PathSetting | None = setting(
-        None,
-        "Instead of --blocks: a dataset, prepared first with the base's tokenizer (and found again in the cache).",
-        metavar="FILE",
+    dataset: DatasetNames = setting(
+        (),
+        "Instead of --blocks: a dataset, prepared first with the base's tokenizer (and found again in the cache); may "
+        "be given several times.",
+        repeated=True,
+        metavar="DATASET",
         decides_result=False,
     )
 
@@ -228,7 +324,7 @@ class AnyModelSection(Section):
 class ChatSection(Section):
     title = "Conversation"
     prompt: tuple[str, ...] = setting(
-        (), "Ask this and exit; may be given several times, each a conversation of its own."
+        (), "Ask this and exit; may be given several times, each a conversation of its own.", repeated=True
     )
     system: str | None = setting(None, "System prompt. Left out: the chat template's own.")
 
@@ -243,7 +339,13 @@ class SamplingSection(Section):
 
 class EvaluationDataSection(Section):
     title = "Data"
-    blocks: PathSetting = setting(help="Blocks folder made by `lorakit prepare`.", metavar="DIR", decides_result=False)
+    blocks: Paths = setting(
+        help="Blocks folder made by `lorakit prepare` (its held-out part where it has one); may be repeated.",
+        repeated=True,
+        metavar="DIR",
+        decides_result=False,
+        min_length=1,
+    )
     batch_size: int = setting(1, "Blocks computed at once.", ge=1)
 
 
@@ -290,14 +392,11 @@ class Setting(NamedTuple):
         return str(self.extra["metavar"]) if self.extra["positional"] else option_name(self.name)
 
     @property
-    def repeated(self) -> bool:
-        """Whether the option may be given several times (a value with commas in it stays whole)."""
-        return self.field.annotation == tuple[str, ...] and not self.field.metadata
-
-    @property
     def need(self) -> str:
         """What a value must be, in words."""
         kind = self.kind
+        if self.extra["need"]:
+            return str(self.extra["need"])
         if get_origin(kind) is Literal:
             return "one of " + ", ".join(get_args(kind))
         names: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", Path: "a path"}
@@ -400,13 +499,17 @@ def differences(found: Mapping[str, object], wanted: Mapping[str, object]) -> li
 
 class PrepareConfig(StepConfig):
     data: DatasetSection
+    rows: RowsSection
+    held_out: SplitSection
     packing: PackingSection
     output: OutputSection
+    preview: PreviewSection
 
 
 class TrainConfig(StepConfig):
     model: ModelSection
     data: TrainDataSection
+    rows: RowsSection
     packing: PackingSection
     lora: LoraSection
     optimizer: OptimizerSection
@@ -416,11 +519,12 @@ class TrainConfig(StepConfig):
 
     @model_validator(mode="after")
     def _one_source_of_blocks(self) -> Self:
-        given: Sequence[object] = [source for source in (self.data.blocks, self.data.dataset) if source is not None]
+        given = [source for source in (self.data.blocks, self.data.dataset) if source]
         if len(given) != 1:
             raise ValueError(f"found {len(given)} of --blocks and --dataset, need exactly one of them")
-        if self.data.blocks is not None and self.packing != PackingSection():
-            changed = differences(self.packing.model_dump(), PackingSection().model_dump())
+        changed = differences(self.packing.model_dump(), PackingSection().model_dump())
+        changed += differences(self.rows.model_dump(), RowsSection().model_dump())
+        if self.data.blocks and changed:
             names = ", ".join(option_name(line.partition(":")[0]) for line in changed)
             raise ValueError(
                 f"found {names} beside --blocks, need them at `lorakit prepare`: blocks are packed already"

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import socket
+import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ Content = bytes | Iterable[bytes]
 """A file's bytes, at once or in pieces."""
 
 _PIECE_BYTES = 16 * 2**20
+_SECONDS_BETWEEN_TRIES = 0.1
 
 
 def sha256(path: Path) -> str:
@@ -91,12 +93,20 @@ def make_folder(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def held(path: Path) -> Iterator[None]:
-    """Hold the lock file `path` for one process. Raises Busy where another one does, DiskFailed."""
-    try:
-        descriptor = _locked(path)
-    except OSError as error:
-        raise disk_failed(error, path) from error
+def held(path: Path, on_wait: Callable[[str], None] | None = None) -> Iterator[None]:
+    """Hold the lock file `path` for one process. Where another one does: raises Busy, or tells `on_wait` why and waits
+    for it. Raises DiskFailed."""
+    while True:
+        try:
+            descriptor = _locked(path)
+            break
+        except OSError as error:
+            raise disk_failed(error, path) from error
+        except Busy as error:
+            if on_wait is None:
+                raise
+            on_wait(error.message)
+            time.sleep(_SECONDS_BETWEEN_TRIES)
     try:
         try:
             os.ftruncate(descriptor, 0)

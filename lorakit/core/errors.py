@@ -49,6 +49,9 @@ class LorakitError(Exception):
         self.message = message
         self.hint = hint
 
+    def __reduce__(self) -> tuple[type["LorakitError"], tuple[str, str]]:
+        return type(self), (self.message, self.hint)  # so that it comes whole from a worker process
+
 
 class UsageError(LorakitError):
     exit_code = ExitCode.USAGE

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from lorakit.core.blocks import Batch, Blocks
+from lorakit.core.blocks import VALIDATION, Batch, Blocks
 from lorakit.core.config import EvaluateConfig
 from lorakit.core.errors import NonFinite
-from lorakit.core.events import Progress, Report
+from lorakit.core.events import Notice, Progress, Report
 from lorakit.core.model import open_model, require_vocabulary
 
 
@@ -58,9 +58,13 @@ def evaluate(config: EvaluateConfig, report: Report) -> Evaluation:
 
     Raises InputRefused (no blocks, blocks of another vocabulary), NonFinite, and what `open_model` raises.
     """
-    blocks = Blocks(config.data.blocks)
+    blocks = Blocks(config.data.blocks, VALIDATION)
+    if len(blocks):
+        report(Notice("over the held-out blocks"))
+    else:
+        blocks = Blocks(config.data.blocks)
     opened = open_model(config.model.model, config.model.base, config.model.dtype, report)
-    require_vocabulary(opened.model, blocks.largest_id(), config.data.blocks)
+    require_vocabulary(opened.model, blocks.largest_id(), blocks.path)
     batches = range(0, len(blocks), config.data.batch_size)
     passes: list[tuple[str, Callable[[], Any]]] = [("evaluating", nullcontext)]
     if opened.adapter is not None:

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
-from lorakit.core.blocks import Codec
 from lorakit.core.config import SamplingSection
 from lorakit.core.errors import InputRefused
-from lorakit.core.model import Opened, quiet_libraries
+from lorakit.core.model import Opened
+from lorakit.core.tokenization import Codec, quiet_libraries, spec_of
 
 
 def answer(
@@ -23,18 +23,19 @@ def answer(
     A tokenizer without a chat template gets the contents joined by line breaks. Raises InputRefused where the chat
     template refuses the messages.
     """
-    codec = Codec(opened.tokenizer)
-    if codec.render_chat is None:
+    codec = Codec(spec_of(opened.tokenizer))
+    template = codec.template
+    if template is None:
         text = "\n".join(message["content"] for message in messages)
     else:
         try:
-            text = codec.render_chat(messages, True)
+            text = template.chat(messages, open_turn=True).text
         except ValueError as error:
             raise InputRefused(
                 f"found messages that the chat template refuses ({error}), need ones that it can render",
                 "leave out --system if the template has none",
             ) from None
-    ids = opened.tokenizer(text, add_special_tokens=codec.render_chat is None, return_tensors="pt").input_ids
+    ids = opened.tokenizer(text, add_special_tokens=template is None, return_tensors="pt").input_ids
     ids_1T = ids.to(opened.model.device)
     sampled: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if sampling.temperature > 0:
@@ -45,7 +46,7 @@ def answer(
             input_ids=ids_1T,
             attention_mask=torch.ones_like(ids_1T),
             max_new_tokens=sampling.max_new_tokens,
-            pad_token_id=codec.pad_id,
+            pad_token_id=codec.spec.pad_id,
             streamer=_Pieces(opened.tokenizer, on_text),
             use_cache=True,
             **sampled,

@@ -1,7 +1,8 @@
-"""A model's name → a local folder: the folder itself, or a snapshot from the Hub."""
+"""The name of a model or dataset → a local folder: the folder itself, or a snapshot from the Hub."""
 
 import os
 import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from lorakit.core.errors import HubFailed, InputRefused, disk_failed, first_line
@@ -9,6 +10,24 @@ from lorakit.core.errors import HubFailed, InputRefused, disk_failed, first_line
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _MAX_HUB_ID = 96  # the Hub's own limit
 _FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
+
+DATA_KINDS: Mapping[str, str] = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".feather": "arrow",
+    ".txt": "txt",
+    ".text": "txt",
+    ".md": "txt",
+}
+"""Suffix → kind of every data file that is read, and so of all that is downloaded of a dataset."""
+
+PACKINGS = (".gz", ".zst")
+"""Suffixes of compression, behind one of a kind."""
 
 
 def model_folder(name: str, timeout_seconds: float = 10.0) -> Path:
@@ -21,20 +40,55 @@ def model_folder(name: str, timeout_seconds: float = 10.0) -> Path:
     if os.path.exists(name) or not _HUB_ID.fullmatch(name) or len(name) > _MAX_HUB_ID:
         found = "a file" if os.path.exists(name) else "no such folder"
         raise InputRefused(f"{name}: found {found}, need a model folder or a hub id (owner/name)", "check the path")
+    return _snapshot(name, "model", "main", _FILES, timeout_seconds)
+
+
+def dataset_snapshot(name: str, revision: str | None, timeout_seconds: float = 10.0) -> tuple[Path, str]:
+    """The snapshot of a Hub dataset at `revision` (default: main), and its commit.
+
+    Only README.md and files of known kinds are downloaded, never code; what lies in the Hub's cache isn't downloaded
+    again and is found without a network. The folder doesn't exist where the dataset has none of these files.
+    Raises InputRefused where `name` is no hub id, HubFailed where the Hub can't be reached or refuses.
+    """
+    if not _HUB_ID.fullmatch(name) or len(name) > _MAX_HUB_ID:
+        raise InputRefused(
+            f"{name}: found no such file or folder, need one or a hub id of a dataset (owner/name)", "check the path"
+        )
+    patterns = ["README.md", *(f"*{suffix}{packing}" for suffix in DATA_KINDS for packing in ("", *PACKINGS))]
+    folder = _snapshot(name, "dataset", revision or "main", patterns, timeout_seconds)
+    return folder, folder.name
+
+
+def _snapshot(name: str, what: str, revision: str, patterns: Iterable[str], timeout_seconds: float) -> Path:
+    """The local folder of a repository on the Hub, which is named by its commit; `what` is "model" or "dataset"."""
     import huggingface_hub
     from huggingface_hub import errors
 
+    page = f"huggingface.co/{name}" if what == "model" else f"huggingface.co/datasets/{name}"
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=_FILES, etag_timeout=timeout_seconds))
+        return Path(
+            huggingface_hub.snapshot_download(
+                name,
+                repo_type=what,
+                revision=revision,
+                allow_patterns=list(patterns),
+                etag_timeout=timeout_seconds,
+            )
+        )
     except errors.GatedRepoError:
         raise HubFailed(
-            f"{name}: found a gated model, need your access to it",
-            f"accept its terms at huggingface.co/{name}, then `hf auth login` or set HF_TOKEN",
+            f"{name}: found a gated {what}, need your access to it",
+            f"accept its terms at {page}, then `hf auth login` or set HF_TOKEN",
         ) from None
     except errors.RepositoryNotFoundError:
         raise HubFailed(
-            f"{name}: found neither a local folder nor a model on the Hub, need one of them",
-            "check the spelling; for a private model, `hf auth login` or set HF_TOKEN",
+            f"{name}: found neither a local folder nor a {what} on the Hub, need one of them",
+            f"check the spelling; for a private {what}, `hf auth login` or set HF_TOKEN",
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise HubFailed(
+            f"{name}: found no revision {revision} of this {what} on the Hub, need a branch, tag or commit",
+            f"look at the branches and tags at {page}/tree/main",
         ) from None
     except (OSError, errors.HFValidationError, errors.HTTPError) as error:  # type: ignore[attr-defined]
         if isinstance(error, OSError) and error.errno is not None:
@@ -46,5 +100,5 @@ def model_folder(name: str, timeout_seconds: float = 10.0) -> Path:
             ) from None
         raise HubFailed(
             f"{name}: found no such folder and no answer of the Hub ({first_line(error)}), need one of them",
-            "check the spelling or the network, or give a folder that holds the model",
+            f"check the spelling or the network, or give a folder that holds the {what}",
         ) from None

@@ -22,12 +22,10 @@ from lorakit.core.hub import model_folder
 from lorakit.core.model import (
     base_folder,
     load_base,
-    load_tokenizer,
     pick_device,
-    quiet_libraries,
-    tokenizer_files,
     wrap,
 )
+from lorakit.core.tokenization import load_tokenizer, quiet_libraries, tokenizer_files
 from lorakit.core.weights import INDEX, SINGLE, Weights, open_weights
 
 _TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

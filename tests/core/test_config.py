@@ -76,7 +76,7 @@ def test_all_problems_are_told_at_once_each_with_its_origin() -> None:
     )
     assert error.message.splitlines() == [
         "run.yaml: found the unknown key 'rnk', need one of this command's settings",
-        "--pack: found 'tight', need one of best-fit, none",
+        "--pack: found 'tight', need one of best-fit, concat, none",
         "run.yaml: rank: found 0, need a whole number ≥ 1",
         "run.yaml: learning_rate: found 'fast', need a number > 0",
         "--warmup-ratio: found '1', need a number ≥ 0 and < 1",
@@ -166,6 +166,11 @@ def test_nan_and_infinity_are_no_settings(config_class: type[StepConfig], value:
 
 BOUNDS: list[tuple[type[StepConfig], str, list[object], list[object]]] = [
     (PrepareConfig, "block_size", [8, 65536], [7, 65537]),
+    (PrepareConfig, "max_rows", [1], [0, -1]),
+    (PrepareConfig, "validation_split", [0, 0.99], [-0.01, 1]),
+    (PrepareConfig, "num_workers", [1], [0]),
+    (PrepareConfig, "preview", [0, 3], [-1]),
+    (PrepareConfig, "seed", [0, 2**63 - 1], [-1, 2**64]),
     (TrainConfig, "rank", [1], [0, -1]),
     (TrainConfig, "lora_alpha", [1e-9], [0, -1]),
     (TrainConfig, "lora_dropout", [0, 0.99], [-0.01, 1]),
@@ -205,7 +210,8 @@ def test_bounds_hold_at_their_edges(
 def test_every_number_has_its_bounds_tried() -> None:
     tried = {(config_class, name) for config_class, name, _, _ in BOUNDS}
     numbers = {(c, name) for c in CONFIGS for name, knob in c.settings().items() if knob.kind in (int, float)}
-    assert {(c, name) for c, name in numbers if (c, name) not in tried} <= {(TrainConfig, "block_size")}
+    shared = {"block_size", "max_rows", "validation_split", "num_workers"}  # tried where `prepare` has them
+    assert {(c, name) for c, name in numbers if (c, name) not in tried} <= {(TrainConfig, name) for name in shared}
 
 
 @pytest.mark.parametrize("value", [2.5, "2.5", "two", "", None, [2], {"a": 1}])
@@ -232,7 +238,7 @@ def test_names_may_be_a_list_or_separated_by_commas() -> None:
     assert train(("run.yaml", {"target_modules": ["q_proj", "v_proj"]})).lora.target_modules == ("q_proj", "v_proj")
 
 
-@pytest.mark.parametrize(("config_class", "name"), [(TrainConfig, "output"), (PrepareConfig, "dataset")])
+@pytest.mark.parametrize(("config_class", "name"), [(TrainConfig, "output"), (PrepareConfig, "output")])
 @pytest.mark.parametrize("value", ["~nobody-of-that-name/x", "a\0b"])
 def test_a_place_that_cant_be_one_is_a_usage_error(config_class: type[StepConfig], name: str, value: str) -> None:
     error = refused(config_class, (None, NEEDED[config_class]), ("run.yaml", {name: value}))
@@ -258,6 +264,39 @@ def test_paths_are_kept_absolute_and_hub_ids_as_they_are(tmp_path: Path) -> None
     assert config.output.output == tmp_path / "runs" / "mine"
     assert config.model.model == str(tmp_path / "base")
     assert train(model="owner/name").model.model == "owner/name"
+
+
+def test_a_dataset_that_is_there_and_a_pattern_are_kept_absolute(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").touch()
+    config = PrepareConfig.resolve((None, {"tokenizer": "t", "dataset": ["rows.jsonl", "*.csv", "owner/name"]}))
+    assert config.data.dataset == (str(tmp_path / "rows.jsonl"), str(tmp_path / "*.csv"), "owner/name")
+
+
+@pytest.mark.parametrize("value", ["own", "./missing.jinja", ""])
+def test_a_template_is_a_name_or_a_file(value: str, tmp_path: Path) -> None:
+    error = refused(PrepareConfig, (None, NEEDED[PrepareConfig]), (None, {"template": value}))
+    assert error.message == (
+        f"--template: found {value!r}, need one of auto, chat, none, alpaca, vicuna, llama2, chatml, or a Jinja file"
+    )
+    (tmp_path / "mine.jinja").touch()
+    config = PrepareConfig.resolve((None, NEEDED[PrepareConfig]), (None, {"template": "mine.jinja"}))
+    assert config.packing.template == str(tmp_path / "mine.jinja")
+
+
+def test_columns_are_pairs(tmp_path: Path) -> None:
+    given = (None, {"columns": "prompt=question, completion=final answer"})
+    config = PrepareConfig.resolve((None, NEEDED[PrepareConfig]), given)
+    assert config.rows.renamed == {"prompt": "question", "completion": "final answer"}
+    for value in ("prompt", "prompt=", "=question"):
+        error = refused(PrepareConfig, (None, NEEDED[PrepareConfig]), (None, {"columns": value}))
+        assert error.message.startswith("--columns: found "), error.message
+
+
+def test_the_templates_that_are_named_are_those_that_there_are() -> None:
+    from lorakit.core.config import TEMPLATES
+    from lorakit.core.templates import builtin_names
+
+    assert sorted(set(TEMPLATES) - {"auto", "chat", "none"}) == list(builtin_names())
 
 
 def test_the_demos_own_folder_is_absolute_too(tmp_path: Path) -> None:
@@ -302,7 +341,7 @@ def test_packing_belongs_to_a_dataset_not_to_blocks(name: str, value: object, tm
     assert "lorakit prepare" in message
     config = TrainConfig.resolve((None, {"model": "m", "dataset": "rows.jsonl", name: value}))
     assert config.flat()[name] == value
-    assert config.data.dataset == tmp_path / "rows.jsonl"
+    assert config.data.dataset == ("rows.jsonl",)
 
 
 # Layers

@@ -7,14 +7,14 @@ from collections.abc import Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
 from lorakit.core.errors import DiskFailed, HubFailed, InputRefused
-from lorakit.core.hub import model_folder
+from lorakit.core.hub import DATA_KINDS, PACKINGS, dataset_snapshot, model_folder
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -40,6 +40,8 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Answers)
         self.asked: list[str] = []
         self.failure: tuple[int, Mapping[str, str]] | None = None
+        self.datasets: dict[tuple[str, str], tuple[str, Mapping[str, bytes]]] = {}
+        """(name, revision) → commit and files."""
 
     @property
     def downloaded(self) -> set[str]:
@@ -64,10 +66,26 @@ class Answers(BaseHTTPRequestHandler):
         if path == f"/api/models/owner/tiny/tree/{COMMIT}":
             listed = [{"type": "file", "path": n, "size": len(c), "oid": etag(c)} for n, c in FILES.items()]
             return self.answer(json.dumps(listed).encode())
+        if path.startswith(("/api/datasets/", "/datasets/")):
+            return self.answer_dataset(path)
         name = path.removeprefix(f"/owner/tiny/resolve/{COMMIT}/")
         if name in FILES:
             return self.answer(FILES[name], ETag=f'"{etag(FILES[name])}"')
         return self.answer(b"{}", 404, **{"X-Error-Code": "RepoNotFound"})
+
+    def answer_dataset(self, path: str) -> None:
+        for (name, revision), (commit, files) in self.server.datasets.items():
+            if path in (f"/api/datasets/{name}/revision/{quote(key, safe='')}" for key in (revision, commit)):
+                info = {"id": name, "sha": commit, "siblings": [{"rfilename": file} for file in files]}
+                return self.answer(json.dumps(info).encode())
+            if path == f"/api/datasets/{name}/tree/{commit}":
+                listed = [{"type": "file", "path": n, "size": len(c), "oid": etag(c)} for n, c in files.items()]
+                return self.answer(json.dumps(listed).encode())
+            file = unquote(path).removeprefix(f"/datasets/{name}/resolve/{commit}/")
+            if file in files:
+                return self.answer(files[file], **{"ETag": f'"{etag(files[file])}"', "X-Repo-Commit": commit})
+        known = any(path.startswith(f"/api/datasets/{name}/") for name, _ in self.server.datasets)
+        self.answer(b"{}", 404, **{"X-Error-Code": "RevisionNotFound" if known else "RepoNotFound"})
 
     def answer(self, body: bytes, status: int = 200, **headers: str) -> None:
         self.send_response(status)
@@ -236,3 +254,107 @@ def test_the_stand_in_is_what_was_asked(hub: Hub) -> None:
     model_folder("owner/tiny")
     asked: Any = {path.partition("/resolve/")[0] for path in hub.asked}
     assert asked == {"/api/models/owner/tiny/revision/main", f"/api/models/owner/tiny/tree/{COMMIT}", "/owner/tiny"}
+
+
+# Datasets
+
+DATASET: Mapping[str, bytes] = {
+    "README.md": b"# Rows",
+    "rows.py": b"raise SystemExit(1)",
+    "data/train.jsonl": b'{"text": "a"}\n',
+    "data/train.csv.gz": b"no gzip, which nobody looks at here",
+    "data/loader.py": b"raise SystemExit(1)",
+    "model.bin": b"pickle",
+    "picture.png": b"picture",
+}
+DATASET_WANTED = {"README.md", "data/train.jsonl", "data/train.csv.gz"}
+OTHER_COMMIT = "f" * 40
+
+
+@pytest.fixture
+def dataset_hub(hub: Hub) -> Hub:
+    hub.datasets = {
+        ("owner/rows", "main"): (COMMIT, DATASET),
+        ("owner/rows", "v2"): (OTHER_COMMIT, {"only.txt": b"another"}),
+        ("bare", "main"): (COMMIT, {"rows.jsonl": b"{}"}),
+    }
+    return hub
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def dataset_refused(name: str = "owner/rows", revision: str | None = None) -> HubFailed:
+    with pytest.raises(HubFailed) as caught:
+        dataset_snapshot(name, revision, 2.0)
+    assert caught.value.message.startswith(f"{name}: found ")
+    return caught.value
+
+
+def test_a_dataset_becomes_a_folder_of_its_data_and_its_commit(dataset_hub: Hub) -> None:
+    folder, commit = dataset_snapshot("owner/rows", None, 2.0)
+    assert commit == COMMIT
+    assert content(folder) == {name: DATASET[name] for name in DATASET_WANTED}
+    assert dataset_hub.downloaded == DATASET_WANTED
+
+
+def test_a_dataset_without_an_owner_is_one(dataset_hub: Hub) -> None:
+    folder, _ = dataset_snapshot("bare", None, 2.0)
+    assert content(folder) == {"rows.jsonl": b"{}"}
+
+
+def test_the_commit_of_a_dataset_is_asked_once(dataset_hub: Hub) -> None:
+    dataset_snapshot("owner/rows", None, 2.0)
+    assert [path for path in dataset_hub.asked if "/revision/" in path] == ["/api/datasets/owner/rows/revision/main"]
+
+
+@pytest.mark.parametrize("revision", ["v2", OTHER_COMMIT])
+def test_a_revision_of_a_dataset_is_its_own_snapshot(revision: str, dataset_hub: Hub) -> None:
+    folder, commit = dataset_snapshot("owner/rows", revision, 2.0)
+    assert commit == OTHER_COMMIT
+    assert content(folder) == {"only.txt": b"another"}
+
+
+def test_a_revision_that_isnt_there_is_told(dataset_hub: Hub) -> None:
+    error = dataset_refused(revision="v3")
+    assert "no revision v3 of this dataset" in error.message
+    assert "huggingface.co/datasets/owner/rows" in error.hint
+
+
+def test_a_dataset_is_found_again_without_the_network(dataset_hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = dataset_snapshot("owner/rows", None, 2.0)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    huggingface_hub.close_session()
+    dataset_hub.asked.clear()
+    assert dataset_snapshot("owner/rows", None, 2.0) == first
+    assert dataset_hub.asked == []
+    dataset_refused("owner/other")
+
+
+def test_a_dataset_that_the_hub_doesnt_know_is_told(dataset_hub: Hub) -> None:
+    error = dataset_refused("owner/other")
+    assert "neither a local folder nor a dataset on the Hub" in error.message
+
+
+def test_a_gated_dataset_is_told_with_its_own_page(dataset_hub: Hub) -> None:
+    dataset_hub.failure = 403, {"X-Error-Code": "GatedRepo", "X-Error-Message": "restricted"}
+    error = dataset_refused()
+    assert "gated dataset" in error.message
+    assert "huggingface.co/datasets/owner/rows" in error.hint
+
+
+@pytest.mark.parametrize("name", ["./rows", "/no/rows", "a/b/c", "owner/", "", "~/rows", "-r", "x\0y", "x" * 5000])
+def test_what_no_dataset_can_be_called_is_refused_without_asking(name: str, hub: Hub) -> None:
+    with pytest.raises(InputRefused, match="found no such file or folder"):
+        dataset_snapshot(name, None)
+    assert hub.asked == []
+
+
+@pytest.mark.parametrize("suffix", DATA_KINDS)
+@pytest.mark.parametrize("packing", ["", *PACKINGS])
+def test_every_kind_of_data_is_downloaded(suffix: str, packing: str, hub: Hub) -> None:
+    name = f"a folder/rows{suffix}{packing}"
+    hub.datasets = {("owner/rows", "main"): (COMMIT, {name: b"x"})}
+    folder, _ = dataset_snapshot("owner/rows", None, 2.0)
+    assert content(folder) == {name: b"x"}

@@ -1,112 +1,140 @@
-"""Rows → text and trained spans: what is refused is named by file and line, what is trained is exactly the answer."""
+"""Rows → text and trained spans: what is refused is named by its place, what is trained is exactly the answer."""
 
-import errno
 import json
+import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from lorakit.core import records
-from lorakit.core.errors import DiskFailed, InputRefused
-from lorakit.core.records import RenderChat, Rendered, Row, detect_format, read_rows, render
+from lorakit.core.errors import InputRefused
+from lorakit.core.records import FORMATS, Rendered, Renderer, Row, detect_format, parse_row
+from lorakit.core.templates import Template, builtin_names, builtin_source
 from tests.conftest import CHATML
+
+PROPERTY = settings(deadline=None, database=None, derandomize=True, max_examples=80)
 
 FORGETFUL = CHATML.replace(
     "message['content']",
     "('' if message['role'] == 'assistant' and not loop.last else message['content'])",
 )
-"""A template that drops what the assistant said earlier, as reasoning models' do with their thoughts."""
+"""A template that drops what the assistant said earlier."""
 
 BARE = "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}" + (
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 )
 """A template without end tokens."""
 
-END = ["<|im_end|>", "<|im_start|>"]
+# In the manner of the stock templates of the models that they are named after, without generation marks.
+
+LLAMA_3 = (
+    "{{- bos_token }}"
+    "{%- if messages[0]['role'] == 'system' %}{%- set system = messages[0]['content'] | trim %}"
+    "{%- set messages = messages[1:] %}{%- else %}{%- set system = '' %}{%- endif %}"
+    "{{- '<|start_header_id|>system<|end_header_id|>\n\nToday Date: ' + strftime_now('%d %b %Y') + '\n\n' }}"
+    "{{- system + '<|eot_id|>' }}"
+    "{%- for m in messages %}"
+    "{{- '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' }}"
+    "{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif %}"
+)
+QWEN_3 = (
+    "{%- set ns = namespace(last=-1) %}"
+    "{%- for m in messages %}{%- if m.role == 'user' %}{%- set ns.last = loop.index0 %}{%- endif %}{%- endfor %}"
+    "{%- for m in messages %}"
+    "{%- if m.role == 'assistant' %}"
+    "{%- set said = m.content.split('</think>')[-1].lstrip('\n') %}"
+    "{%- set thought = '' %}"
+    "{%- if '</think>' in m.content %}"
+    "{%- set thought = m.content.split('</think>')[0].split('<think>')[-1].strip('\n') %}{%- endif %}"
+    "{%- if loop.index0 > ns.last %}"
+    "{{- '<|im_start|>assistant\n<think>\n' + thought + '\n</think>\n\n' + said }}"
+    "{%- else %}{{- '<|im_start|>assistant\n' + said }}{%- endif %}{{- '<|im_end|>\n' }}"
+    "{%- else %}{{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{%- endif %}"
+    "{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
+)
+GEMMA = (
+    "{{ bos_token }}"
+    "{%- if messages[0].role == 'system' %}{%- set first = messages[0].content + '\n\n' %}"
+    "{%- set messages = messages[1:] %}{%- else %}{%- set first = '' %}{%- endif %}"
+    "{%- for m in messages %}"
+    "{%- set role = 'model' if m.role == 'assistant' else m.role %}"
+    "{{ '<start_of_turn>' + role + '\n' + (first if loop.first else '') + m.content | trim + '<end_of_turn>\n' }}"
+    "{%- endfor %}"
+    "{%- if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{%- endif %}"
+)
+MISTRAL = (
+    "{{- bos_token }}"
+    "{%- for m in messages %}"
+    "{%- if m.role == 'user' %}{{- '[INST] ' + m.content + '[/INST]' }}"
+    "{%- elif m.role == 'assistant' %}{{- ' ' + m.content | trim + eos_token }}{%- endif %}"
+    "{%- endfor %}"
+)
+STOCK = {"llama 3": LLAMA_3, "qwen 3": QWEN_3, "gemma": GEMMA, "mistral": MISTRAL, "template": CHATML}
+STOCK |= {name: builtin_source(name) for name in builtin_names()}
+
+END = ["<|im_end|>", "<|im_start|>", "</s>", "<|eot_id|>", "<end_of_turn>"]
 
 USER = {"role": "user", "content": "Hello?"}
 ANSWER = {"role": "assistant", "content": "Hello!"}
 CHAT = [{"role": "system", "content": "Be kind."}, USER, ANSWER, {"role": "user", "content": "Bye"}, ANSWER]
 
 
-def template(source: str) -> RenderChat:
-    """A chat template rendered by jinja2 itself."""
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-
-    def raise_exception(message: str) -> None:
-        raise ValueError(message)
-
-    compiled = environment.from_string(source, globals={"raise_exception": raise_exception})
-
-    def render_chat(messages: Sequence[Mapping[str, str]], open_turn: bool) -> str:
-        return compiled.render(messages=messages, add_generation_prompt=open_turn)
-
-    return render_chat
-
-
 def row(**columns: Any) -> Row:
     return Row(columns, "rows.jsonl:7")
 
 
-def rendered(source: str | None, train_on: Any = "completion", **columns: Any) -> Rendered:
+def template(source: str) -> Template:
+    return Template(source, "the template", {"bos_token": "<s>", "eos_token": "</s>"})
+
+
+def rendered(
+    source: str | None,
+    train_on: Any = "completion",
+    row_format: str = "",
+    renamed: Mapping[str, str] | None = None,
+    **columns: Any,
+) -> Rendered:
     one = row(**columns)
-    return render(one, detect_format(one), template(source) if source else None, END, train_on)
+    row_format = row_format or detect_format(one.columns, one.place)
+    renderer = Renderer(row_format, renamed or {}, template(source) if source else None, END, train_on)
+    return renderer.render(one)
+
+
+def refused(source: str | None, **columns: Any) -> InputRefused:
+    with pytest.raises(InputRefused) as caught:
+        rendered(source, **columns)
+    assert caught.value.message.startswith("rows.jsonl:7: ")
+    assert caught.value.hint
+    return caught.value
 
 
 def trained_texts(found: Rendered) -> list[str]:
     return [found.text[start:end] for start, end in found.spans]
 
 
-def refused(content: bytes, tmp_path: Path) -> str:
-    """The message that reading a file of these bytes to its end gives."""
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(content)
-    with pytest.raises(InputRefused) as caught:
-        list(read_rows(path))
-    assert caught.value.hint
-    return caught.value.message
+# Reading
 
 
-def read(content: bytes, tmp_path: Path) -> list[Mapping[str, Any]]:
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(content)
-    return [one.columns for one in read_rows(path)]
+@pytest.mark.parametrize(
+    ("raw", "columns"),
+    [
+        (b'{"text": "a"}', {"text": "a"}),
+        (b'\xef\xbb\xbf {"text": "a"}\r\n', {"text": "a"}),
+        (rb'{"text": "\ud83d\ude00 \\ud83d"}', {"text": "😀 \\ud83d"}),
+        ('{"text": "a\u2028b\u2029c\u0085d"}'.encode(), {"text": "a\u2028b\u2029c\u0085d"}),
+        (b"{}", {}),
+    ],
+)
+def test_a_line_of_json_is_a_row(raw: bytes, columns: dict[str, str]) -> None:
+    assert parse_row(raw, "rows.jsonl:7") == Row(columns, "rows.jsonl:7")
 
 
-# The file
-
-
-def test_each_line_is_a_row_that_knows_its_place(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(b'{"text": "a"}\n{"text": "b"}')
-    assert [(one.columns["text"], one.place) for one in read_rows(path)] == [("a", f"{path}:1"), ("b", f"{path}:2")]
-
-
-def test_blank_lines_are_passed_over_and_still_counted(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(b'\n  \t\n{"text": "a"}\n\r\n{"text": "b"}\n\n')
-    assert [one.place for one in read_rows(path)] == [f"{path}:3", f"{path}:5"]
-
-
-def test_windows_line_ends_and_byte_order_mark_are_no_part_of_a_row(tmp_path: Path) -> None:
-    assert read(b'\xef\xbb\xbf{"text": "a"}\r\n{"text": "b"}\r\n', tmp_path) == [{"text": "a"}, {"text": "b"}]
-
-
-def test_line_separators_of_unicode_end_no_row(tmp_path: Path) -> None:
-    text = "a\u2028b\u2029c\u0085d\x0be"
-    raw = json.dumps({"text": text}, ensure_ascii=False).encode()
-    assert read(raw + b"\n", tmp_path) == [{"text": text}]
-
-
-def test_escaped_characters_beyond_16_bits_are_read(tmp_path: Path) -> None:
-    assert read(rb'{"text": "\ud83d\ude00 \\ud83d"}', tmp_path) == [{"text": "😀 \\ud83d"}]
-
-
-def test_an_empty_file_has_no_rows(tmp_path: Path) -> None:
-    assert read(b"", tmp_path) == []
+def test_a_row_of_a_table_is_taken_as_it_is() -> None:
+    assert parse_row({"text": "a", "n": 1.5}, "t.csv: row 3") == Row({"text": "a", "n": 1.5}, "t.csv: row 3")
 
 
 @pytest.mark.parametrize(
@@ -131,51 +159,16 @@ def test_an_empty_file_has_no_rows(tmp_path: Path) -> None:
         (rb'{"messages": [{"role": "user", "content": "\uDE00"}]}', ["surrogate"]),
         (rb'{"\ud83d": 1}', ["surrogate"]),
         (b'{"text": "a\x00"}', ["need a JSON object"]),
+        (b'\xef\xbb\xbf{"text": "ab\xffcdef"}', ["found byte 0xff "]),
     ],
 )
-def test_a_line_that_isnt_a_row_is_named_by_its_number(line: bytes, words: list[str], tmp_path: Path) -> None:
-    message = refused(b'{"text": "a"}\n\n' + line + b'\n{"text": "z"}\n', tmp_path)
-    assert message.startswith(f"{tmp_path / 'rows.jsonl'}:3: found ")
+def test_a_line_that_isnt_a_row_is_refused(line: bytes, words: list[str]) -> None:
+    with pytest.raises(InputRefused) as caught:
+        parse_row(line, "rows.jsonl:7")
+    message = caught.value.message
+    assert message.startswith("rows.jsonl:7: found ")
     assert [word for word in words if word not in message] == []
-    assert len(message) < 300 + len(str(tmp_path))
-
-
-def test_the_byte_that_isnt_utf_8_is_the_one_that_is_named(tmp_path: Path) -> None:
-    assert "found byte 0xff " in refused(b'\xef\xbb\xbf{"text": "ab\xffcdef"}', tmp_path)
-
-
-def test_rows_before_a_bad_line_are_read(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(b'{"text": "a"}\nnonsense\n')
-    rows = read_rows(path)
-    assert next(rows).columns == {"text": "a"}
-    with pytest.raises(InputRefused, match=r"rows\.jsonl:2"):
-        next(rows)
-
-
-def test_a_row_over_the_limit_is_refused_before_it_is_read_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fits = b'{"text": "' + b"a" * 200 + b'"}\n'
-    monkeypatch.setattr(records, "MAX_ROW_BYTES", len(fits))
-    assert len(read(fits * 3, tmp_path)) == 3
-    assert "rows.jsonl:2: found a row over" in refused(fits + b"x" + fits, tmp_path)
-
-
-def test_a_file_that_isnt_there_and_a_folder_are_told_apart(tmp_path: Path) -> None:
-    with pytest.raises(InputRefused, match=r"missing\.jsonl: found no such file"):
-        list(read_rows(tmp_path / "missing.jsonl"))
-    with pytest.raises(InputRefused, match="found a folder"):
-        list(read_rows(tmp_path))
-
-
-def test_a_disk_that_doesnt_read_is_a_disk_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(path: Path, *_: object) -> None:
-        raise OSError(errno.EIO, "Input/output error", str(path))
-
-    monkeypatch.setattr(Path, "open", broken)
-    with pytest.raises(DiskFailed, match=r"rows\.jsonl: found 'Input/output error'"):
-        list(read_rows(tmp_path / "rows.jsonl"))
+    assert len(message) < 300
 
 
 # Formats
@@ -185,25 +178,38 @@ def test_a_disk_that_doesnt_read_is_a_disk_failure(tmp_path: Path, monkeypatch: 
     ("columns", "found"),
     [
         ({"messages": []}, "messages"),
+        ({"prompt": [USER], "completion": [ANSWER]}, "messages"),
+        ({"conversations": []}, "sharegpt"),
+        ({"prompt": "", "chosen": "a", "rejected": "b"}, "preference"),
+        ({"prompt": "", "response": "", "chosen": "a", "rejected": "b"}, "preference"),
+        ({"chosen": [], "rejected": []}, "preference"),
         ({"prompt": "", "completion": "a"}, "prompt/completion"),
+        ({"prompt": "", "response": "a"}, "prompt/completion"),
+        ({"question": "", "answer": "a"}, "prompt/completion"),
+        ({"query": "", "response": "a"}, "prompt/completion"),
+        ({"instruction": "", "response": "a"}, "prompt/completion"),
+        ({"instruction": "", "input": "", "output": "a"}, "alpaca"),
+        ({"instruction": "", "output": "a"}, "alpaca"),
         ({"text": "a"}, "text"),
         ({"text": "a", "id": 3, "source": None}, "text"),
+        ({"content": "a"}, "text"),
         ({"completion": "a", "prompt": "b", "text": "c"}, "prompt/completion"),
         ({"text": "c", "messages": []}, "messages"),
     ],
 )
 def test_the_columns_show_the_format(columns: dict[str, Any], found: str) -> None:
-    assert detect_format(row(**columns)) == found
+    assert detect_format(columns, "rows.jsonl:7") == found
+    assert found in FORMATS
 
 
-@pytest.mark.parametrize("columns", [{}, {"prompt": "a"}, {"Text": "a"}, {"instruction": "a", "output": "b"}])
+@pytest.mark.parametrize("columns", [{}, {"prompt": "a"}, {"Text": "a"}, {"instruction": "a", "answer": "b"}])
 def test_unknown_columns_are_listed_beside_the_known_ones(columns: dict[str, Any]) -> None:
     with pytest.raises(InputRefused) as caught:
-        detect_format(row(**columns))
-    message = caught.value.message
-    assert message.startswith("rows.jsonl:7: ")
-    assert (", ".join(columns) or "(none)") in message
-    assert "messages or prompt + completion or text" in message
+        detect_format(columns, "rows.jsonl:7")
+    assert caught.value.message.startswith("rows.jsonl:7: ")
+    assert (", ".join(columns) or "(none)") in caught.value.message
+    assert "prompt + completion" in caught.value.message
+    assert "--columns" in caught.value.hint
 
 
 @pytest.mark.parametrize(
@@ -212,12 +218,84 @@ def test_unknown_columns_are_listed_beside_the_known_ones(columns: dict[str, Any
         ("text", {"txt": "a"}),
         ("prompt/completion", {"prompt": "a"}),
         ("prompt/completion", {"text": "a"}),
-        ("messages", {"prompt": "a", "completion": "b"}),
+        ("alpaca", {"instruction": "a"}),
+        ("preference", {"prompt": "a"}),
     ],
 )
 def test_a_later_row_of_another_format_is_refused(row_format: str, columns: dict[str, Any]) -> None:
-    with pytest.raises(InputRefused, match=r"rows\.jsonl:7: found the columns .*; need "):
-        render(row(**columns), row_format, template(CHATML), END, "completion")
+    assert re.search("found the columns .*; need ", refused(CHATML, row_format=row_format, **columns).message)
+
+
+def test_messages_that_are_missing_are_refused() -> None:
+    assert "messages: found 'null'" in refused(CHATML, row_format="messages", text="a").message
+
+
+SAME: Sequence[tuple[str, dict[str, Any]]] = [
+    ("messages", {"messages": [USER, ANSWER]}),
+    ("messages", {"prompt": [USER], "completion": [ANSWER]}),
+    ("messages", {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hello?"}]}, ANSWER]}),
+    ("sharegpt", {"conversations": [{"from": "human", "value": "Hello?"}, {"from": "gpt", "value": "Hello!"}]}),
+    ("sharegpt", {"conversations": [USER, ANSWER]}),
+    ("prompt/completion", {"prompt": "Hello?", "completion": "Hello!"}),
+    ("prompt/completion", {"question": "Hello?", "answer": "Hello!", "id": 3}),
+    ("alpaca", {"instruction": "Hello?", "input": "", "output": "Hello!"}),
+    ("alpaca", {"instruction": "Hello?", "input": None, "output": "Hello!"}),
+    ("preference", {"prompt": "Hello?", "chosen": "Hello!", "rejected": "Go away."}),
+    ("preference", {"prompt": [USER], "chosen": [ANSWER], "rejected": [USER]}),
+    ("preference", {"prompt": "Hello?", "chosen": [ANSWER], "rejected": []}),
+    ("preference", {"chosen": [USER, ANSWER], "rejected": [USER, ANSWER]}),
+    ("preference", {"prompt": "\n\nHuman: Hello?\n\nAssistant:", "chosen": " Hello!", "response": "", "rejected": ""}),
+    ("preference", {"chosen": "\n\nHuman: Hello?\n\nAssistant: Hello!", "rejected": ""}),
+]
+
+
+@pytest.mark.parametrize(("row_format", "columns"), SAME)
+def test_every_format_says_the_same(row_format: str, columns: dict[str, Any]) -> None:
+    assert detect_format(columns, "x:1") == row_format
+    found = rendered(CHATML, **columns)
+    assert found.text == "<|im_start|>user\nHello?<|im_end|>\n<|im_start|>assistant\nHello!<|im_end|>\n"
+    assert trained_texts(found) == ["Hello!<|im_end|>"]
+    assert (found.needs_bos, found.needs_eos) == (False, False)
+
+
+def test_of_a_transcript_only_the_chosen_answer_is_trained() -> None:
+    """A row in the form of Dahoas/full-hh-rlhf."""
+    prompt = "\n\nHuman: Why?\n\nAssistant: Because.\n\nHuman: And\n\nhow?\n\nAssistant:"
+    found = rendered(CHATML, prompt=prompt, response=" So.", chosen=" So.", rejected=" No.")
+    assert [part.partition("\n")[2] for part in found.text.split("<|im_start|>")[1:]] == [
+        f"{said}<|im_end|>\n" for said in ("Why?", "Because.", "And\n\nhow?", "So.")
+    ]
+    assert trained_texts(found) == ["So.<|im_end|>"]
+
+
+def test_of_prompt_and_completion_messages_only_the_completions_are_trained() -> None:
+    found = rendered(CHATML, prompt=CHAT[:4], completion=[ANSWER, {"role": "tool", "content": "1"}, ANSWER])
+    assert trained_texts(found) == ["Hello!<|im_end|>"] * 2
+    assert found.text[: found.spans[0][0]].count("Hello!<|im_end|>") == 1
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        "Hello!",
+        "\n\nAssistant: Hello!",
+        "\n\nHuman: a",
+        "\n\nHuman: a\n\nHuman: b\n\nAssistant: c",
+        "x\n\nHuman: a\n\nAssistant: b",
+        "\n\nHuman: a\n\nAssistant: b\n\nHuman: c",
+        "\n\nHuman: a\n\nAssistant:",
+    ],
+)
+def test_a_transcript_that_doesnt_alternate_is_refused(chosen: str) -> None:
+    refused(CHATML, chosen=chosen, rejected="")
+
+
+def test_columns_can_be_renamed() -> None:
+    renamed = {"prompt": "asked", "completion": "told"}
+    found = rendered(CHATML, "completion", "prompt/completion", renamed, asked="Hello?", told="Hello!", text="x")
+    assert trained_texts(found) == ["Hello!<|im_end|>"]
+    with pytest.raises(InputRefused, match="found the columns told; need asked"):
+        rendered(CHATML, "completion", "prompt/completion", {"prompt": "asked"}, told="a")
 
 
 @pytest.mark.parametrize(
@@ -227,19 +305,21 @@ def test_a_later_row_of_another_format_is_refused(row_format: str, columns: dict
         ({"text": ""}, "text"),
         ({"text": 3}, "text"),
         ({"text": ["a"]}, "text"),
+        ({"text": "a\0b"}, "text"),
         ({"prompt": None, "completion": "a"}, "prompt"),
         ({"prompt": 1.5, "completion": "a"}, "prompt"),
         ({"prompt": "a", "completion": None}, "completion"),
         ({"prompt": "a", "completion": ""}, "completion"),
         ({"prompt": "a", "completion": {"text": "b"}}, "completion"),
+        ({"instruction": "", "output": "a"}, "instruction"),
+        ({"instruction": "a", "input": 3, "output": "a"}, "input"),
+        ({"prompt": "a", "chosen": ""}, "chosen"),
     ],
 )
 @pytest.mark.parametrize("source", [None, CHATML], ids=["plain", "chat"])
 def test_a_field_that_isnt_text_is_named(columns: dict[str, Any], column: str, source: str | None) -> None:
-    with pytest.raises(InputRefused) as caught:
-        rendered(source, **columns)
-    assert caught.value.message.startswith(f"rows.jsonl:7: {column}: found ")
-    assert json.dumps(columns[column]) in caught.value.message
+    message = refused(source, **columns).message
+    assert message.startswith(f"rows.jsonl:7: {column}: found {json.dumps(columns[column])!r}, need text")
 
 
 @pytest.mark.parametrize(
@@ -250,27 +330,49 @@ def test_a_field_that_isnt_text_is_named(columns: dict[str, Any], column: str, s
         "Hello",
         {"role": "user", "content": "a"},
         ["Hello"],
-        [USER, {"role": "tool", "content": "a"}, ANSWER],
         [USER, {"role": "Assistant", "content": "a"}],
+        [USER, {"role": "robot", "content": "a"}, ANSWER],
         [USER, {"content": "a"}, ANSWER],
         [USER, {"role": ["assistant"], "content": "a"}],
         [USER, {"role": "assistant"}],
         [USER, {"role": "assistant", "content": None}],
-        [USER, {"role": "assistant", "content": [{"type": "text", "text": "a"}]}],
-        [USER],
+        [USER, {"role": "assistant", "content": [{"type": "image"}]}],
         [USER, {"role": "assistant", "content": ""}],
+        [{"role": "user", "content": 3}, ANSWER],
+        [USER, {"role": "assistant", "content": "a\0"}],
+        [USER],
+        [USER, ANSWER, ANSWER],
+        [USER, {"role": "system", "content": "a"}, ANSWER],
     ],
 )
 def test_messages_that_cant_be_trained_on_are_refused(messages: Any) -> None:
-    with pytest.raises(InputRefused) as caught:
-        rendered(CHATML, messages=messages)
-    assert caught.value.message.startswith("rows.jsonl:7: messages: found ")
-    assert caught.value.hint
+    assert "found " in refused(CHATML, messages=messages).message
 
 
 def test_messages_need_a_chat_template() -> None:
-    with pytest.raises(InputRefused, match=r"rows\.jsonl:7: .*need a chat template"):
-        rendered(None, messages=[USER, ANSWER])
+    error = refused(None, messages=[USER, ANSWER])
+    assert "no chat template" in error.message
+    assert "--template" in error.hint
+
+
+def test_tools_and_calls_reach_the_template() -> None:
+    source = (
+        "{% for tool in tools or [] %}{{ tool.name }};{% endfor %}"
+        "{% for m in messages %}{{ m.role }}:{{ m.content }}"
+        "{% for call in m.tool_calls or [] %}{{ call.name }}({{ call.arguments | tojson }}){% endfor %}"
+        "{{ m.tool_call_id or '' }}<|im_end|>{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    called = {"role": "assistant", "content": None, "tool_calls": [{"name": "add", "arguments": {"a": 1}}]}
+    answered = {"role": "function", "content": "2", "tool_call_id": "c1"}
+    messages = [USER, called, answered, ANSWER]
+    for tools in ([{"name": "add"}], '[{"name": "add"}]'):
+        found = rendered(source, messages=messages, tools=tools)
+        assert found.text == (
+            'add;user:Hello?<|im_end|>assistant:add({"a": 1})<|im_end|>tool:2c1<|im_end|>assistant:Hello!<|im_end|>'
+        )
+        assert trained_texts(found) == ['add({"a": 1})<|im_end|>', "Hello!<|im_end|>"]
+    for bad in ("{", '{"name": 1}', 3):
+        assert "tools: found" in refused(source, messages=messages, tools=bad).message
 
 
 # Spans
@@ -344,41 +446,109 @@ def test_all_means_the_prompt_too_without_a_template() -> None:
     assert trained_texts(rendered(None, "all", prompt="ab", completion="cd")) == ["abcd"]
 
 
-def test_fields_beside_role_and_content_dont_reach_the_template() -> None:
-    source = "{% for message in messages %}{{ message.keys() | list | join }}{% endfor %}" + BARE
-    extra = [{**USER, "name": "Ann"}, {**ANSWER, "weight": 0}]
-    assert rendered(source, "all", messages=extra) == rendered(source, "all", messages=[USER, ANSWER])
+PRIVATE = "\ue000"
+
+
+def followed(source: str, messages: Sequence[Mapping[str, str]]) -> list[str]:
+    """A slow reference that knows nothing of prefixes: every character of an answer is made private in turn, and where
+    it comes out is where that character is; the end token that follows belongs to the answer."""
+    whole = template(source).chat(messages, open_turn=False).text
+    found = []
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        places = []
+        for at in range(len(message["content"])):
+            changed = [dict(one) for one in messages]
+            changed[index]["content"] = message["content"][:at] + PRIVATE + message["content"][at + 1 :]
+            text = template(source).chat(changed, open_turn=False).text
+            if len(text) == len(whole) and text.count(PRIVATE) == 1:
+                places.append(text.index(PRIVATE))
+        ending = next((token for token in END if whole.startswith(token, max(places) + 1)), "")
+        found.append(whole[min(places) : max(places) + 1] + ending)
+    return found
+
+
+@pytest.mark.parametrize("name", STOCK)
+@pytest.mark.parametrize("turns", [1, 2, 3])
+@pytest.mark.parametrize("system", [False, True])
+def test_each_answer_is_trained_where_a_slow_reference_finds_it(name: str, turns: int, system: bool) -> None:
+    messages = [{"role": "system", "content": "Be kind."}] * system
+    for turn in range(turns):
+        messages += [{"role": "user", "content": f"Why {turn}?"}, {"role": "assistant", "content": f"So: {turn}!"}]
+    opening = {"vicuna": " ", "llama2": " ", "mistral": " "}.get(name, "")  # what stands between prompt and answer
+    closing = {"llama2": " </s>"}.get(name, "")
+    expected = [opening + text + closing for text in followed(STOCK[name], messages)]
+    expected[-1] = ("<think>\n\n</think>\n\n" if name == "qwen 3" else "") + expected[-1]
+    assert trained_texts(rendered(STOCK[name], messages=messages)) == expected
+
+
+said = st.text(st.characters(exclude_categories=["Cs", "Cc", "Z"], exclude_characters="\ufdd0\ufdd1<>|"), min_size=1)
+
+
+@PROPERTY
+@given(
+    name=st.sampled_from(["llama 3", "gemma", "chatml", "qwen 3", "alpaca"]),
+    texts=st.lists(st.tuples(said, said), min_size=1, max_size=3),
+)
+def test_whatever_is_said_is_what_is_trained(name: str, texts: list[tuple[str, str]]) -> None:
+    roles = ("user", "assistant")
+    messages = [{"role": role, "content": text} for pair in texts for role, text in zip(roles, pair, strict=True)]
+    ends = {"llama 3": "<|eot_id|>", "gemma": "<end_of_turn>", "alpaca": "</s>"}
+    found = trained_texts(rendered(STOCK[name], messages=messages))
+    assert [text.removeprefix("<think>\n\n</think>\n\n") for text in found] == [
+        answer + ends.get(name, "<|im_end|>") for _, answer in texts
+    ]
+
+
+def test_marks_of_a_template_are_believed() -> None:
+    source = (
+        "{% for m in messages %}{{ m.role }}: "
+        "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}</s>{% endgeneration %}"
+        "{% else %}{{ m.content }}{% endif %}\n{% endfor %}"
+    )
+    assert trained_texts(rendered(source, messages=CHAT)) == ["Hello!</s>"] * 2
+
+
+def test_a_template_of_rows_trains_what_it_marks() -> None:
+    source = "Q: {{ q }}\nA: {% generation %}{{ a }}{{ eos_token }}{% endgeneration %}"
+    found = rendered(source, row_format="columns", q="1+1?", a="2")
+    assert (found.text, trained_texts(found), found.needs_eos) == ("Q: 1+1?\nA: 2</s>", ["2</s>"], False)
+    assert trained_texts(rendered("Q: {{ q }}", "all", row_format="columns", q="1+1?")) == ["Q: 1+1?"]
+    assert "{% generation %}" in refused("Q: {{ q }}", row_format="columns", q="1+1?").message
 
 
 # Templates that can't be followed
 
 
-def test_a_template_that_rewrites_history_is_refused_by_row_and_turn() -> None:
+def test_a_template_that_drops_what_is_trained_is_refused_by_row_and_turn() -> None:
     assert trained_texts(rendered(FORGETFUL, messages=[USER, ANSWER])) == ["Hello!<|im_end|>"]
-    with pytest.raises(InputRefused) as caught:
-        rendered(FORGETFUL, messages=CHAT)
-    assert caught.value.message.startswith("rows.jsonl:7: ")
-    assert "rewrites earlier turns" in caught.value.message
-    assert "assistant turn 3 " in caught.value.message, "the third message is the first that is rewritten"
-    assert "--train-on all" in caught.value.hint
+    error = refused(FORGETFUL, messages=CHAT)
+    assert "the template rewrites earlier turns" in error.message
+    assert "assistant turn 3 " in error.message, "the third message is the first that is rewritten"
+    assert "--train-on all" in error.hint
+    assert trained_texts(rendered(FORGETFUL, "all", messages=CHAT))[0].count("Hello!") == 1
 
 
-def test_what_the_hint_says_helps_with_a_template_that_rewrites_history() -> None:
-    found = rendered(FORGETFUL, "all", messages=CHAT)
-    assert trained_texts(found) == [found.text]
-    assert found.text.count("Hello!") == 1
+def test_thoughts_that_a_template_drops_from_history_are_not_trained_there() -> None:
+    thought = {"role": "assistant", "content": "<think>\nhm\n</think>\n\nYes."}
+    assert trained_texts(rendered(QWEN_3, messages=[USER, thought])) == ["<think>\nhm\n</think>\n\nYes.<|im_end|>"]
+    found = trained_texts(rendered(QWEN_3, messages=[USER, thought, USER, thought]))
+    assert found == ["Yes.<|im_end|>", "<think>\nhm\n</think>\n\nYes.<|im_end|>"]
 
 
-def test_a_template_that_opens_the_turn_otherwise_than_it_closes_it_is_refused() -> None:
-    source = CHATML.replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant\n<think>'")
-    with pytest.raises(InputRefused, match=r"rows\.jsonl:7: .*assistant turn 2 "):
-        rendered(source, prompt="Hello?", completion="Hello!")
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ messages | length }}{% for m in messages %}{{ m.content | length }}{{ m.content }}<|im_end|>{% endfor %}",
+        "{% for m in messages | reverse %}{{ m.content | truncate(3) }}<|im_end|>{% endfor %}",
+    ],
+)
+def test_an_answer_that_a_template_changes_is_never_guessed(source: str) -> None:
+    assert "can't be located exactly" in refused(source, messages=CHAT).message
 
 
 def test_a_template_that_refuses_the_messages_is_quoted() -> None:
     source = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHATML
     assert trained_texts(rendered(source, messages=[USER, ANSWER])) == ["Hello!<|im_end|>"]
-    with pytest.raises(InputRefused) as caught:
-        rendered(source, messages=CHAT)
-    assert caught.value.message.startswith("rows.jsonl:7: ")
-    assert "no system role" in caught.value.message
+    assert "the template refuses (no system role)" in refused(source, messages=CHAT).message
