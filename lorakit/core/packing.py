@@ -7,8 +7,11 @@ import numpy as np
 
 from lorakit.core.tokenization import Document
 
-_TOKENS_AT_ONCE = 2**24
-"""Documents are packed in groups of this many tokens, so that memory is bounded (5 bytes a token)."""
+_TOKENS_AT_ONCE = 2**21
+_BLOCKS_AT_ONCE = 256
+"""Documents are packed in groups of this many tokens, or of this many blocks where those hold more: so that memory is
+bounded (5 bytes a token) and packing goes on beside tokenizing, while the last block of a group, which has room, is one
+of many."""
 _TRIPLES_TRIED = 64
 
 
@@ -100,7 +103,8 @@ class Packer:
     def add(self, document: Document) -> Iterator[list[Document]]:
         self._waiting.append(document)
         self._tokens += len(document.tokens)
-        enough = {"best-fit": _TOKENS_AT_ONCE, "concat": self._size, "none": 0}[self._how]
+        at_once = max(_TOKENS_AT_ONCE, _BLOCKS_AT_ONCE * self._size)
+        enough = {"best-fit": at_once, "concat": self._size, "none": 0}[self._how]
         if self._tokens >= enough:
             yield from self._decided()
 

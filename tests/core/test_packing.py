@@ -125,6 +125,7 @@ def test_packing_in_groups_loses_nothing(case: tuple[list[int], int], at_once: i
     lengths, size = case
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(packing, "_TOKENS_AT_ONCE", at_once)
+        patch.setattr(packing, "_BLOCKS_AT_ONCE", 0)
         blocks = packed(lengths, size, "best-fit")
     assert sorted(tokens_in(blocks)) == list(range(sum(lengths)))
     assert all(0 < sum(len(document.tokens) for document in block) <= size for block in blocks)
