@@ -157,7 +157,11 @@ class RowsSection(Section):
     max_rows: int | None = setting(None, "Take only the first rows.", ge=1)
     validation_split: float = setting(0.0, "Share of the rows that is held out for validation.", ge=0, lt=1)
     validation_dataset: DatasetNames = setting(
-        (), "Rows for validation from elsewhere.", repeated=True, metavar="DATASET", decides_result=False
+        (),
+        "Rows to hold out from elsewhere; of a dataset with splits, validation or test.",
+        repeated=True,
+        metavar="DATASET",
+        decides_result=False,
     )
     on_bad_row: Literal["stop", "skip"] = setting(
         "stop", "A row that can't be used: stop and say why, or write it to rejected.jsonl beside the blocks."

@@ -151,15 +151,9 @@ def prepare(config: PrepareConfig, report: Report) -> Prepared:
     HubFailed, Busy and DiskFailed. Without an output, a second run of the same request waits for the first.
     """
     spec = load_spec(model_folder(config.data.tokenizer))
-    rows = config.rows
-
-    def opened(names: Sequence[str]) -> Dataset:
-        return open_dataset(names, split=rows.split, subset=rows.subset, revision=rows.revision, report=report)
-
-    dataset = opened(config.data.dataset)
+    dataset, validation = _datasets(config, report)
     if _workers(config, dataset) > 1:
         _start_server()
-    validation = opened(rows.validation_dataset) if rows.validation_dataset else None
     parents = {"dataset": dataset.fingerprint(), "tokenizer": spec.fingerprint}
     parents["template"] = artifacts.fingerprint(_given_template(config.packing.template))
     if validation is not None:
@@ -176,6 +170,28 @@ def prepare(config: PrepareConfig, report: Report) -> Prepared:
         files = _files(work, dataset, validation, target, facts, report)
         artifacts.commit(target, "blocks", files, config=config, parents=parents, facts=facts)
     return Prepared(path=target, preview=preview, cached=False, **facts)
+
+
+def _datasets(config: PrepareConfig, report: Report) -> tuple[Dataset, Dataset | None]:
+    """The rows to train on, and those of --validation-dataset: another split where that is the same dataset."""
+    rows, names = config.rows, config.data.dataset
+    dataset = open_dataset(names, split=rows.split, subset=rows.subset, revision=rows.revision, report=report)
+    if not rows.validation_dataset:
+        return dataset, None
+    same = set(rows.validation_dataset) <= set(names)
+    validation = open_dataset(
+        rows.validation_dataset,
+        subset=rows.subset if same else None,
+        revision=rows.revision if same else None,
+        default_splits=("validation", "test", "train"),
+        report=report,
+    )
+    if validation.files == dataset.files:
+        raise UsageError(
+            f"--validation-dataset: found the same files as for training ({dataset.files[0].name}), need others",
+            "name other files, or hold rows out with --validation-split",
+        )
+    return dataset, validation
 
 
 def _say_once(report: Report) -> Any:

@@ -8,7 +8,7 @@ Nothing of a row is looked at here but where it begins and ends; no code that co
 import glob
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,19 +66,33 @@ class Dataset:
             before_bytes += size_bytes_of(file)
 
 
+@dataclass(frozen=True)
+class _Choice:
+    """What to take of a dataset that has several splits or subsets."""
+
+    split: str | None
+    subset: str | None
+    default_splits: Sequence[str]
+
+    def default_split(self, there: Collection[str]) -> str | None:
+        return next((split for split in self.default_splits if split in there), None)
+
+
 def open_dataset(
     names: Sequence[str],
     *,
     split: str | None = None,
     subset: str | None = None,
     revision: str | None = None,
+    default_splits: Sequence[str] = ("train",),
     timeout_seconds: float = 10.0,
     report: Report,
 ) -> Dataset:
     """The files that `names` stand for: each a file, a folder, a pattern or a dataset on the Hub, in this order.
 
-    `split` and `subset` choose in folders and Hub datasets, `revision` is the Hub's; what is chosen without them is
-    reported. Raises InputRefused where there is no such data, HubFailed where the Hub can't be reached or refuses.
+    `split` and `subset` choose in folders and Hub datasets, `revision` is the Hub's; without a split the first of
+    `default_splits` that there is; what is chosen so is reported. Raises InputRefused where there is no such data,
+    HubFailed where the Hub can't be reached or refuses.
     """
     found_as = {_named_as(name) for name in names}
     for option, value, able in (
@@ -92,6 +106,7 @@ def open_dataset(
                 f"{option} {value}: found a dataset named by {found}, need a {' or '.join(sorted(able))} for it",
                 f"leave out {option}",
             )
+    choice = _Choice(split, subset, default_splits)
     files: list[File] = []
     for name in names:
         match _named_as(name):
@@ -100,9 +115,9 @@ def open_dataset(
             case "pattern":
                 files += _matching(name)
             case "folder":
-                files += _in_folder(Path(name), str(Path(name)), split, subset, report)
+                files += _in_folder(Path(name), str(Path(name)), choice, report)
             case _:
-                files += _on_hub(name, split, subset, revision, timeout_seconds, report)
+                files += _on_hub(name, choice, revision, timeout_seconds, report)
     if not files:
         raise InputRefused("found no dataset, need one", "name a file, a folder or a hub id")
     return Dataset(tuple(names), tuple(files))
@@ -143,21 +158,20 @@ def _matching(pattern: str) -> list[File]:
     return [_file(Path(name), name) for name in found]
 
 
-def _on_hub(
-    name: str, split: str | None, subset: str | None, revision: str | None, timeout_seconds: float, report: Report
-) -> list[File]:
+def _on_hub(name: str, choice: _Choice, revision: str | None, timeout_seconds: float, report: Report) -> list[File]:
     folder, _ = dataset_snapshot(name, revision, timeout_seconds)
     if revision is None and not _data_paths(folder):  # a dataset made by a script, which isn't run
         report(Notice(f"{name}: no data files; taking the Parquet files that the Hub made of it"))
         folder, _ = dataset_snapshot(name, _CONVERTED_REVISION, timeout_seconds)
-    return _in_folder(folder, name, split, subset, report)
+    return _in_folder(folder, name, choice, report)
 
 
 # Folders → files
 
 
-def _in_folder(folder: Path, name: str, split: str | None, subset: str | None, report: Report) -> list[File]:
+def _in_folder(folder: Path, name: str, choice: _Choice, report: Report) -> list[File]:
     """The data files of one split of one subset; `name` is the folder's in messages."""
+    split, subset = choice.split, choice.subset
     if artifacts.is_artifact(folder):
         kind = artifacts.read_manifest(folder)["kind"]
         raise InputRefused(
@@ -166,7 +180,7 @@ def _in_folder(folder: Path, name: str, split: str | None, subset: str | None, r
         )
     if (folder / "dataset_dict.json").is_file():
         there = _listed_splits(folder, name)
-        chosen = _chosen("split", split, there, "train", name)
+        chosen = _chosen("split", split, there, choice.default_split(there), name)
         _refuse_subset(subset, name)
         _tell(report, name, None, (chosen, there) if split is None else None, files := _saved(folder, name, chosen))
         return files
@@ -186,7 +200,7 @@ def _in_folder(folder: Path, name: str, split: str | None, subset: str | None, r
         splits = _splits_by_name(_under(paths, subset, name))
     if not splits:
         raise InputRefused(f"{name}: found no data files, need files of {_KNOWN}", "check the path")
-    chosen = _chosen("split", split, list(splits), "train", name)
+    chosen = _chosen("split", split, list(splits), choice.default_split(splits), name)
     if not splits[chosen]:
         raise InputRefused(
             f"{name}: found no data file that README.md's patterns for split {chosen} match, need at least one",

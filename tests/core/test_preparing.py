@@ -24,10 +24,10 @@ from safetensors.numpy import load_file
 from lorakit.core import artifacts, disk, preparing, readers
 from lorakit.core.blocks import VALIDATION, Blocks
 from lorakit.core.config import PrepareConfig
-from lorakit.core.errors import DiskFailed, InputRefused, Mismatch, OutOfMemory
+from lorakit.core.errors import DiskFailed, InputRefused, Mismatch, OutOfMemory, UsageError
 from lorakit.core.events import Notice, Progress, Report
 from lorakit.core.preparing import prepare
-from lorakit.core.templates import builtin_source
+from lorakit.core.templates import builtin_names, builtin_source
 from lorakit.core.tokenization import spec_of
 from tests.conftest import CHATML, ROWS, Ran, make_tokenizer, unmasked
 
@@ -658,6 +658,19 @@ def test_a_validation_dataset_is_held_out_whole(chat_tokenizer: Any, tmp_path: P
     assert all(b"held" in b"".join(tokens) for tokens, _ in held_out)
 
 
+def test_a_validation_dataset_may_be_another_split_of_the_same(chat_tokenizer: Any, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    write_rows(tmp_path / "data" / "train.jsonl", ROWS)
+    write_rows(tmp_path / "data" / "test.jsonl", ROWS[:2])
+    values: dict[str, object] = {"dataset": "data", "tokenizer": "any", "validation_dataset": "data"}
+    made = with_tokenizer(chat_tokenizer, values)
+    assert (made.rows, made.validation_rows) == (26, 2)
+    write_rows(tmp_path / "data" / "validation.jsonl", ROWS[:3])
+    assert with_tokenizer(chat_tokenizer, {**values, "split": "train"}).validation_rows == 3
+    with pytest.raises(UsageError, match="found the same files as for training"):
+        with_tokenizer(chat_tokenizer, {**values, "split": "validation"})
+
+
 @pytest.mark.parametrize("count", [1, 7, 24, 100])
 def test_only_the_first_rows_are_taken(count: int, chat_tokenizer: Any, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
@@ -686,6 +699,40 @@ def test_a_named_template_wins_over_the_tokenizers(name: str, chat_tokenizer: An
     assert made.template == name
     assert (made.path / "template.jinja").read_text() == builtin_source(name)
     assert any(labels)
+
+
+SMOLLM2 = (
+    "{% for m in messages %}"
+    "{% if loop.first and m['role'] != 'system' %}{{ '<|im_start|>system\nYou are SmolLM.<|im_end|>\n' }}{% endif %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+"""In the manner of SmolLM2's own template, which begins with a system turn of its own."""
+
+
+@pytest.mark.parametrize("name", ["SmolLM2", *builtin_names()])
+@pytest.mark.parametrize("system", [False, True])
+def test_labels_of_every_template_are_those_of_a_slow_reference(name: str, system: bool, tmp_path: Path) -> None:
+    """Token by token, from prefixes that transformers renders and tokenizes."""
+    tokenizer = make_tokenizer(tmp_path / "t", SMOLLM2 if name == "SmolLM2" else builtin_source(name))
+    messages = [{"role": "system", "content": "Be kind."}] * system
+    for turn in range(3):
+        messages += [{"role": "user", "content": f"Why {turn}? é"}, {"role": "assistant", "content": f"So {turn}: 😀!"}]
+
+    def length(count: int, *, open_turn: bool) -> int:
+        text = tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=open_turn)
+        return len(tokenizer(text.rstrip() if not open_turn else text, add_special_tokens=False).input_ids)
+
+    turns = [
+        (length(index, open_turn=True), length(index + 1, open_turn=False))
+        for index, message in enumerate(messages)
+        if message["role"] == "assistant"
+    ]
+    whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    ids = tokenizer(whole, add_special_tokens=False).input_ids
+    expected = tuple(any(start <= at < end for start, end in turns) for at in range(len(ids)))
+    _, [(tokens, labels)] = prepared(tmp_path, [{"messages": messages}], tokenizer, block_size=1024)
+    assert (tokens, labels) == (as_bytes(tokenizer, ids), expected)
 
 
 def test_a_file_of_a_users_own_takes_any_columns(chat_tokenizer: Any, tmp_path: Path) -> None:
@@ -739,6 +786,7 @@ def test_a_run_that_waits_says_for_whom(chat_tokenizer: Any, tmp_path: Path) -> 
     assert f'"pid": {os.getpid()}' in said[0]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the workers by /proc")
 def test_a_worker_that_is_killed_is_told(chat_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the system does when memory runs out."""
     path = write_rows(tmp_path / "rows.jsonl", ROWS * 50)
