@@ -14,11 +14,14 @@ MAX_ROW_BYTES = 64 * 2**20
 
 FORMATS = ("messages", "sharegpt", "preference", "prompt/completion", "alpaca", "text")
 
-_ANSWERS: Mapping[str, tuple[str, ...]] = {
-    "prompt": ("completion", "response"),
-    "question": ("answer",),
-    "query": ("response",),
-}
+_PAIRS = (
+    ("prompt", "completion"),
+    ("prompt", "response"),
+    ("question", "answer"),
+    ("query", "response"),
+    ("instruction", "response"),
+)
+"""Columns that hold a prompt and its completion."""
 _TEXT = ("text", "content")
 _ROLES: Mapping[str, str] = {
     **{role: role for role in ("system", "developer", "user", "assistant", "tool")},
@@ -157,12 +160,8 @@ def _are_messages(value: object) -> bool:
 
 
 def _answer_columns(columns: Mapping[str, Any]) -> tuple[str, str] | None:
-    """The columns of prompt and completion; `instruction` + `response` are such a pair too."""
-    for prompt, answers in {**_ANSWERS, "instruction": ("response",)}.items():
-        for answer in answers:
-            if prompt in columns and answer in columns:
-                return prompt, answer
-    return None
+    """The columns of prompt and completion."""
+    return next((pair for pair in _PAIRS if pair[0] in columns and pair[1] in columns), None)
 
 
 class Renderer:
