@@ -332,7 +332,7 @@ class Renderer:
         chosen, prompt = row.columns.get("chosen"), row.columns.get("prompt")
         if isinstance(chosen, list):
             before = self._list(row, "prompt") if isinstance(prompt, list) else []
-            if isinstance(prompt, str) and self._list(row, "chosen")[0].get("role") == "assistant":
+            if isinstance(prompt, str) and _are_messages(chosen) and chosen[0].get("role") == "assistant":
                 before = [{"role": "user", "content": prompt}]
             whole = before + self._list(row, "chosen")
             return whole, len(whole) - 1

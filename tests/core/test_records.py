@@ -552,3 +552,60 @@ def test_a_template_that_refuses_the_messages_is_quoted() -> None:
     source = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHATML
     assert trained_texts(rendered(source, messages=[USER, ANSWER])) == ["Hello!<|im_end|>"]
     assert "the template refuses (no system role)" in refused(source, messages=CHAT).message
+
+
+# Anything at all
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.sampled_from(["", "a", "assistant"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["role", "content", "from", "value", "text", "tool_calls"]), inner, max_size=3
+        )
+    ),
+    max_leaves=8,
+)
+columns_at_random = st.dictionaries(
+    st.sampled_from(
+        [
+            "messages",
+            "conversations",
+            "prompt",
+            "completion",
+            "response",
+            "chosen",
+            "rejected",
+            "text",
+            "tools",
+            "instruction",
+            "input",
+            "output",
+        ]
+    ),
+    json_values
+    | st.lists(st.sampled_from([USER, ANSWER, CHAT[0]]), max_size=4)
+    | st.just("\n\nHuman: a\n\nAssistant: b"),
+    max_size=4,
+)
+
+
+@settings(PROPERTY, max_examples=600)
+@given(columns=columns_at_random, source=st.sampled_from([None, *STOCK.values()]), forced=st.sampled_from(FORMATS))
+def test_whatever_a_row_holds_it_is_rendered_or_refused(
+    columns: dict[str, Any], source: str | None, forced: str
+) -> None:
+    for row_format in ("", forced):
+        try:
+            found = rendered(source, "completion", row_format, **columns)
+        except InputRefused:
+            continue
+        assert found.spans
+        assert all(0 <= start <= end <= len(found.text) for start, end in found.spans)
+
+
+@pytest.mark.parametrize("chosen", [["a"], [[]], [None], [{}], [3], {}])
+@pytest.mark.parametrize("prompt", ["a", None, [], ["a"], [USER]])
+def test_a_preference_of_odd_things_is_refused(chosen: Any, prompt: Any) -> None:
+    refused(CHATML, prompt=prompt, chosen=chosen)
