@@ -73,6 +73,10 @@ def _template_or_file(name: str) -> str:
     return str(path)
 
 
+def _pairs(value: object) -> object:
+    return tuple(f"{name}={column}" for name, column in value.items()) if isinstance(value, Mapping) else value
+
+
 def _renaming(pair: str) -> str:
     if not all(part.strip() for part in pair.split("=", 1)) or "=" not in pair:
         raise ValueError("not of the form name=column")
@@ -94,8 +98,10 @@ ModelName = Annotated[str, AfterValidator(_absolute_if_local)]
 DatasetNames = Annotated[tuple[Annotated[str, AfterValidator(_absolute_dataset)], ...], BeforeValidator(_one_or_more)]
 """Local files, folders and patterns (kept absolute), and hub ids."""
 Paths = Annotated[tuple[PathSetting, ...], BeforeValidator(_one_or_more)]
-Renamings = Annotated[tuple[Annotated[str, AfterValidator(_renaming)], ...], BeforeValidator(_split_commas)]
-"""name=column pairs, separated by commas."""
+Renamings = Annotated[
+    tuple[Annotated[str, AfterValidator(_renaming)], ...], BeforeValidator(_split_commas), BeforeValidator(_pairs)
+]
+"""name=column pairs, separated by commas; in a settings file also a mapping."""
 Names = Annotated[tuple[str, ...], BeforeValidator(_split_commas), Field(min_length=1)]
 """One or more names, separated by commas."""
 

@@ -287,6 +287,8 @@ def test_columns_are_pairs(tmp_path: Path) -> None:
     given = (None, {"columns": "prompt=question, completion=final answer"})
     config = PrepareConfig.resolve((None, NEEDED[PrepareConfig]), given)
     assert config.rows.renamed == {"prompt": "question", "completion": "final answer"}
+    mapping = ("run.yaml", {"columns": {"prompt": "question", "completion": "final answer"}})
+    assert PrepareConfig.resolve((None, NEEDED[PrepareConfig]), mapping) == config
     for value in ("prompt", "prompt=", "=question"):
         error = refused(PrepareConfig, (None, NEEDED[PrepareConfig]), (None, {"columns": value}))
         assert error.message.startswith("--columns: found "), error.message

@@ -567,23 +567,9 @@ json_values = st.recursive(
     ),
     max_leaves=8,
 )
+COLUMNS = ["messages", "conversations", "prompt", "completion", "response", "chosen", "rejected", "text", "tools"]
 columns_at_random = st.dictionaries(
-    st.sampled_from(
-        [
-            "messages",
-            "conversations",
-            "prompt",
-            "completion",
-            "response",
-            "chosen",
-            "rejected",
-            "text",
-            "tools",
-            "instruction",
-            "input",
-            "output",
-        ]
-    ),
+    st.sampled_from([*COLUMNS, "instruction", "input", "output"]),
     json_values
     | st.lists(st.sampled_from([USER, ANSWER, CHAT[0]]), max_size=4)
     | st.just("\n\nHuman: a\n\nAssistant: b"),
