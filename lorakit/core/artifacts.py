@@ -46,6 +46,7 @@ MADE_BY = {
 }
 """Every kind of artifact and the command that makes it."""
 
+_REPLACED = "replaced.json"  # in a stage: the manifest of what it replaces in place
 _NEXT_TO_LAST = "adapter_config.json"  # a folder without it is no adapter to peft, so it appears after the weights
 
 
@@ -365,11 +366,14 @@ def _replace(stage: Path, target: Path, trash: Path) -> None:
 
 def _move_in(stage: Path, target: Path) -> None:
     """Move the staged files into an existing folder, `lorakit.json` last; goes on where a killed one stopped."""
-    names = [name for name in os.listdir(stage) if name not in (MANIFEST, _NEXT_TO_LAST)]
+    replaced = stage / _REPLACED
     if is_artifact(target):  # a mount point that is overwritten: from here on it isn't an artifact until the end
-        for name in set(read_manifest(target)["files"]) - set(os.listdir(stage)):
-            os.unlink(target / name)
-        os.unlink(target / MANIFEST)
+        os.rename(target / MANIFEST, replaced)
+    if replaced.exists():
+        for name in set(json.loads(replaced.read_bytes())["files"]) - set(read_manifest(stage)["files"]):
+            (target / name).unlink(missing_ok=True)
+        os.unlink(replaced)
+    names = [name for name in os.listdir(stage) if name not in (MANIFEST, _NEXT_TO_LAST)]
     for name in [*sorted(names), *([_NEXT_TO_LAST] if (stage / _NEXT_TO_LAST).exists() else [])]:
         os.rename(stage / name, target / name)
     disk.fsync_folder(target)

@@ -1,5 +1,6 @@
 """Artifacts: whole or not there, every flipped byte found, nothing foreign touched, one process at a time."""
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -312,6 +313,41 @@ def test_a_stage_that_was_moving_in_is_completed(moved: int, tmp_path: Path) -> 
     with artifacts.lock(tmp_path / "a"):
         pass
     assert content(tmp_path / "a") == before
+
+
+@pytest.mark.parametrize("killed_at", range(1, 10))
+def test_a_replacement_in_place_that_was_killed_is_completed(
+    killed_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a mount point, which can't be renamed: killed at each call, it is the old one, none, or the new one."""
+    target = tmp_path / "mount"
+    commit(target)
+    new = {"blocks-00000.safetensors": b"new shard", "y": b"new"}
+    monkeypatch.setattr(os.path, "ismount", lambda path: str(path) == str(target))
+    calls = 0
+    with monkeypatch.context() as patch:
+
+        def counted(original: Callable[..., None]) -> Callable[..., None]:
+            def call(*arguments: Any) -> None:
+                nonlocal calls
+                calls += 1
+                if calls == killed_at:
+                    raise KeyboardInterrupt
+                original(*arguments)
+
+            return call
+
+        patch.setattr(os, "rename", counted(os.rename))
+        patch.setattr(os, "unlink", counted(os.unlink))
+        with contextlib.suppress(KeyboardInterrupt):
+            commit(target, dict(new), config=OTHER)
+    if artifacts.is_artifact(target):
+        artifacts.open_artifact(target, "blocks")
+    with artifacts.lock(target):
+        pass
+    assert artifacts.open_artifact(target, "blocks").config == OTHER.flat()
+    assert sorted(os.listdir(target)) == ["blocks-00000.safetensors", "lorakit.json", "lorakit.yaml", "y"]
+    assert (target / "blocks-00000.safetensors").read_bytes() == b"new shard"
 
 
 def test_a_stage_that_wasnt_complete_goes(tmp_path: Path) -> None:
