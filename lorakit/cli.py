@@ -3,6 +3,7 @@
 Only the command that is run gets its options built: `lorakit --help` needs none, and pydantic takes its time.
 """
 
+import logging
 import os
 import signal
 import sys
@@ -74,6 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code. Every failure is `error:` and `hint:`, never a traceback."""
     arguments = sys.argv[1:] if arguments is None else arguments
     signal.signal(signal.SIGTERM, _terminate)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on some CPUs its import advises to install kernels
     try:
         app: Any = typer.main.get_command(build_app(arguments))
         code = app.main(arguments, prog_name="lorakit", standalone_mode=False)
