@@ -9,6 +9,7 @@ import importlib.metadata
 import itertools
 import json
 import tempfile
+import unicodedata
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -31,6 +32,9 @@ _FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_te
 _MORE_FILES = ("merges.txt", "spiece.model", "additional_chat_templates/*.jinja")
 _FORMAT = 1
 _WORTH_A_BEGINNING = 16  # texts
+
+_Encoded = tuple[NDArray[np.uint32], NDArray[np.bool_]]
+"""Token ids and which of them are trained."""
 
 
 @dataclass(frozen=True)
@@ -174,6 +178,8 @@ class Codec:
 
         self.spec = spec
         self._backend = Tokenizer.from_str(spec.backend)
+        self._num_bytes = _bytes_of_tokens(self._backend)
+        self._nfc = self._backend.normalizer is not None
         self._splitting = [
             token.content
             for token in self._backend.get_added_tokens_decoder().values()
@@ -192,30 +198,76 @@ class Codec:
         A token is trained where it lies in a trained span. Where one would lie across the edge of a span, the text is
         tokenized in pieces: what comes before the edge has to be the same tokens when the model is asked.
         """
-        spec = self.spec
-        common = self._common_beginning(texts)
-        begin = self._ids(texts[0].text[:common]) if common else np.zeros(0, np.uint32)
-        encodings = self._backend.encode_batch([text.text[common:] for text in texts], add_special_tokens=False)
-        for whole, encoding in zip(texts, encodings, strict=True):
-            text = _shifted(whole, common)
-            ids = np.array(encoding.ids, dtype=np.uint32)
-            trained = np.zeros(len(ids), dtype=bool)
-            for start, end in text.spans:
-                first = _token_at(encoding, start, end)
-                if first is None:
-                    continue
-                if _lies_across(encoding, start) or _lies_across(encoding, end):
-                    ids, trained = self._in_pieces(text, ids) or (ids, self._overlapping(text, encoding))
-                    break
-                trained[first : _token_after(encoding, first, end, len(text.text), len(ids))] = True
-            if common:
-                ids, trained = np.concatenate((begin, ids)), np.concatenate((np.zeros(len(begin), bool), trained))
-            if text.needs_bos and spec.bos_id is not None and ids[:1] != spec.bos_id:
-                ids, trained = np.append(np.uint32(spec.bos_id), ids), np.append(False, trained)
-            if text.needs_eos and spec.eos_id is not None and ids[-1:] != spec.eos_id:
-                ids, trained = np.append(ids, np.uint32(spec.eos_id)), np.append(trained, True)
+        bos_id, eos_id = self.spec.bos_id, self.spec.eos_id
+        found = itertools.repeat(None) if self._num_bytes is None else self._by_bytes(texts, self._num_bytes)
+        for text, known in zip(texts, found, strict=False):
+            ids, trained = known if known is not None else self._by_offsets(text)
+            if text.needs_bos and bos_id is not None and ids[:1] != bos_id:
+                ids, trained = np.append(np.uint32(bos_id), ids), np.append(False, trained)
+            if text.needs_eos and eos_id is not None and ids[-1:] != eos_id:
+                ids, trained = np.append(ids, np.uint32(eos_id)), np.append(trained, True)
             trained[:1] = False
             yield Document(ids, trained)
+
+    def _by_bytes(self, texts: Sequence[Rendered], num_bytes: NDArray[np.int64]) -> Iterator[_Encoded | None]:
+        """Texts at once, edges found by adding up the bytes of their tokens, which no encoding has to keep track of.
+
+        Exact where the tokens have as many bytes as the text: each then stands for the bytes it says, in order. None
+        for a text of which that isn't true.
+        """
+        common = self._common_beginning(texts)
+        begin = self._ids(texts[0].text[:common]).tolist() if common else []
+        encodings = self._backend.encode_batch_fast([text.text[common:] for text in texts], add_special_tokens=False)
+        tokens: list[int] = []
+        starts = [0]
+        for encoding in encodings:
+            tokens += begin
+            tokens += encoding.ids
+            starts.append(len(tokens))
+        ids = np.fromiter(tokens, np.uint32, len(tokens))
+        at_bytes = np.concatenate(([0], np.cumsum(num_bytes[ids])))  # of each token, and the end
+        first_bytes = at_bytes[starts].tolist()
+        whole = [
+            after - before == _num_bytes(text.text) and self._is_normal(text.text)
+            for text, before, after in zip(texts, first_bytes, first_bytes[1:], strict=False)
+        ]
+        edges = [
+            before + edge
+            for text, before, known in zip(texts, first_bytes, whole, strict=False)
+            for span in (text.spans if known else ())
+            for edge in _edges_in_bytes(text.text, span)
+        ]
+        at_tokens = np.searchsorted(at_bytes, edges)
+        fits = (at_bytes[at_tokens] == edges).tolist()
+        trained, taken = np.zeros(len(ids), dtype=bool), 0
+        for text, known, start, end in zip(texts, whole, starts, starts[1:], strict=False):
+            own = slice(taken, taken := taken + (2 * len(text.spans) if known else 0))
+            if not known:
+                yield None
+            elif not all(fits[own]):
+                yield self._in_pieces(text, ids[start:end])
+            else:
+                spans = at_tokens[own].tolist()
+                for first, after in zip(spans[::2], spans[1::2], strict=True):
+                    trained[first:after] = True
+                yield ids[start:end], trained[start:end]
+
+    def _is_normal(self, text: str) -> bool:
+        """Whether the tokenizer's normalization leaves a text as it is."""
+        return not self._nfc or text.isascii() or unicodedata.is_normalized("NFC", text)
+
+    def _by_offsets(self, text: Rendered) -> _Encoded:
+        encoding = self._backend.encode(text.text, add_special_tokens=False)
+        ids = np.array(encoding.ids, dtype=np.uint32)
+        trained = np.zeros(len(ids), dtype=bool)
+        for start, end in text.spans:
+            first = _token_at(encoding, start, end)
+            if first is None:
+                continue
+            if _lies_across(encoding, start) or _lies_across(encoding, end):
+                return self._in_pieces(text, ids) or (ids, self._overlapping(text, encoding))
+            trained[first : _token_after(encoding, first, end, len(text.text), len(ids))] = True
+        return ids, trained
 
     def _ids(self, text: str) -> NDArray[np.uint32]:
         return np.array(self._backend.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
@@ -236,15 +288,16 @@ class Codec:
         pieces = np.concatenate((self._ids(strings[0][:at]), self._ids(strings[0][at:])))
         return at if np.array_equal(pieces, self._ids(strings[0])) else 0
 
-    def _in_pieces(self, text: Rendered, whole: NDArray[np.uint32]) -> tuple[Any, Any] | None:
+    def _in_pieces(self, text: Rendered, whole: NDArray[np.uint32]) -> _Encoded | None:
         """Ids and trained tokens of a text cut at the edges of its spans; None where that changes what it says."""
-        edges = sorted({0, len(text.text), *(edge for span in text.spans for edge in span)})
+        spans = [(start, end) for start, end in text.spans if start < end]
+        edges = sorted({0, len(text.text), *(edge for span in spans for edge in span)})
         pieces = list(itertools.pairwise(edges))
         encodings = self._backend.encode_batch([text.text[a:b] for a, b in pieces], add_special_tokens=False)
         ids = np.concatenate([np.array(encoding.ids, dtype=np.uint32) for encoding in encodings])
         if self.decode(ids) != self.decode(whole):
             return None  # a tokenizer that puts a space before every text
-        starts = {start for start, _ in text.spans}
+        starts = {start for start, _ in spans}
         inside = [[start in starts] * len(encoding.ids) for (start, _), encoding in zip(pieces, encodings, strict=True)]
         return ids, np.array([flag for flags in inside for flag in flags], dtype=bool)
 
@@ -265,12 +318,41 @@ class Codec:
         return str(self._backend.decode([int(token) for token in ids], skip_special_tokens=False))
 
 
-def _shifted(text: Rendered, by: int) -> Rendered:
-    """The text without its first `by` characters, in which no span lies."""
-    if not by:
-        return text
-    spans = tuple((start - by, end - by) for start, end in text.spans)
-    return Rendered(text.text[by:], spans, text.needs_bos, text.needs_eos)
+def _bytes_of_tokens(backend: Any) -> NDArray[np.int64] | None:
+    """The number of UTF-8 bytes that each token stands for, where that is a token's own (byte-level BPE: a letter of
+    its vocabulary is a byte); None for other tokenizers."""
+    parts = json.loads(backend.to_str())
+    normalizer, model = parts["normalizer"], parts["model"]
+    splitters = parts["pre_tokenizer"] or {}
+    splitters = splitters.get("pretokenizers", [splitters])
+    kinds = [splitter.get("type") for splitter in splitters]
+    affixes = ("continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "unk_token")
+    if (
+        (normalizer is not None and normalizer["type"] != "NFC")
+        or kinds[-1] != "ByteLevel"
+        or not set(kinds) <= {"ByteLevel", "Split", "Digits"}
+        or any(splitter.get("add_prefix_space") for splitter in splitters)
+        or model["type"] != "BPE"
+        or any(model.get(affix) for affix in affixes)
+    ):
+        return None
+    vocabulary = backend.get_vocab(with_added_tokens=False)
+    added = backend.get_added_tokens_decoder()
+    num_bytes = np.zeros(1 + max([*vocabulary.values(), *added]), dtype=np.int64)
+    num_bytes[list(vocabulary.values())] = [len(token) for token in vocabulary]
+    for token, content in added.items():
+        num_bytes[token] = len(content.content.encode())
+    return num_bytes
+
+
+def _num_bytes(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode())
+
+
+def _edges_in_bytes(text: str, span: tuple[int, int]) -> tuple[int, int]:
+    if span[0] == span[1]:
+        return 0, 0  # nothing, which lies across no token
+    return span if text.isascii() else (_num_bytes(text[: span[0]]), _num_bytes(text[: span[1]]))
 
 
 def _token_at(encoding: Any, start: int, end: int) -> int | None:

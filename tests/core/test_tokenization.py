@@ -87,6 +87,57 @@ def token_bytes(ids: Any) -> list[bytes]:
     return [unmasked(BPE._backend.id_to_token(int(token))) for token in ids]
 
 
+def with_added_tokens(normalizer: Any = None) -> Any:
+    """Special tokens, one of which takes the spaces before it along, and a normalizer."""
+    from tokenizers import AddedToken
+
+    backend = trained_bpe()
+    backend.normalizer = normalizer
+    backend.add_special_tokens(["<|user|>", "<|end|>", AddedToken("<|tight|>", lstrip=True, rstrip=True)])
+    backend.add_tokens([AddedToken("naïve", normalized=True)])
+    return backend
+
+
+def nfc() -> Any:
+    from tokenizers import normalizers
+
+    return normalizers.NFC()
+
+
+@pytest.mark.parametrize("backend", [with_added_tokens(), with_added_tokens(nfc())])
+@PROPERTY
+@given(data=st.data())
+def test_many_texts_at_once_are_what_each_is_alone_by_offsets(backend: Any, data: st.DataObject) -> None:
+    """Two ways to the same tokens: bytes added up over a batch with a common beginning, and offsets, text by text."""
+    as_long_in_nfc = "e\u0301e\u0301e\u0301\u0958"  # three letters lose a byte, one becomes two of three bytes
+    pieces = ["the cat", " sat", " ", "😀", "漢字", "naïve", as_long_in_nfc, "<|tight|>", "<|end|>", "  ", "\n"]
+    texts = []
+    for _ in range(20):
+        said = "".join(data.draw(st.lists(st.sampled_from(pieces), min_size=1, max_size=6)))
+        start = len("<|user|>") + data.draw(st.integers(0, len(said)))
+        text = f"<|user|>{said}<|end|>"
+        texts.append(Rendered(text, ((start, len(text)),), needs_bos=False, needs_eos=False))
+    fast, slow = codec(backend), codec(backend)
+    assert fast._num_bytes is not None
+    slow._num_bytes = None
+    for text, found in zip(texts, fast.encode(texts), strict=True):
+        [alone] = slow.encode([text])
+        assert found.tokens.tolist() == alone.tokens.tolist()
+        assert found.trained.tolist() == alone.trained.tolist()
+
+
+def test_a_space_that_offsets_leave_out_is_still_cut_from_the_answer() -> None:
+    """Trimmed offsets hide that ' cat' begins before the edge; asked with 'the ', the model sees another token."""
+    from tokenizers import processors
+
+    backend = trained_bpe()
+    backend.post_processor = processors.ByteLevel(trim_offsets=True)
+    one = codec(backend)
+    found = encoded(one, "the cat", (4, 7))
+    assert found.tokens[~found.trained].tolist() == encoded(one, "the ").tokens.tolist()
+    assert one.decode(found.tokens[found.trained]) == "cat"
+
+
 def test_what_comes_before_an_answer_is_tokenized_as_when_it_is_asked() -> None:
     """ab is one token; where b is the answer, the model has to learn it after the token a."""
     from tokenizers import Tokenizer, decoders, models
