@@ -32,6 +32,8 @@ class Console:
         self._err = _Stream(stderr=True, highlight=False, soft_wrap=True)
         self._bar: Any = None
         self._last_line = time.monotonic()
+        self._began: dict[str, tuple[float, int]] = {}
+        """When each task was first heard of, and how much of it was done."""
 
     def note(self, text: str) -> None:
         """One line for the person at the keyboard."""
@@ -122,12 +124,22 @@ class Console:
         if isinstance(event, Notice):
             self.note(event.text)
         elif not self.quiet:
+            self._began.setdefault(event.task, (time.monotonic(), event.done))
             if self._err.is_terminal:
                 self._draw(event)
             elif time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:
                 self._last_line = time.monotonic()
                 of = f"/{event.total}" if event.total is not None else ""
-                self._print(self._err, Text(f"{event.task}: {event.done}{of} {event.unit} {event.note}".rstrip()))
+                shown = [f"{event.task}: {event.done}{of} {event.unit}", event.note, self._left(event)]
+                self._print(self._err, Text(" ".join(filter(None, shown))))
+
+    def _left(self, event: Progress) -> str:
+        """How long the rest of a task takes at the speed since it was first heard of."""
+        began, first = self._began[event.task]
+        if event.total is None or event.done <= first:
+            return ""
+        seconds = (time.monotonic() - began) * (event.total - event.done) / (event.done - first)
+        return f"({round(seconds)} s left)"
 
     def _draw(self, event: Progress) -> None:
         if self._bar is None:

@@ -253,7 +253,8 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(
         console.report(Progress("training", second, 60, "steps", "loss [2.5]"))
     out, err = shown()
     assert out == ""
-    assert err.splitlines() == [f"training: {s}/60 steps loss [2.5]" for s in (11, 22, 33, 44, 55)]
+    expected = [f"training: {s}/60 steps loss [2.5] ({60 - s} s left)" for s in (11, 22, 33, 44, 55)]
+    assert err.splitlines() == expected, "a step a second"
 
 
 def test_progress_without_an_end_is_a_count(shown: Callable[[], Shown], monkeypatch: pytest.MonkeyPatch) -> None:
