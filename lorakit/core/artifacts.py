@@ -293,6 +293,28 @@ def commit(
     return Artifact(target, read_manifest(target))
 
 
+def amend(folder: Path, name: str, content: bytes) -> None:
+    """Replace one file of an artifact. Killed meanwhile, the folder is no artifact any more, but every file is whole.
+
+    Raises ArtifactDamaged where that file isn't what the manifest says, DiskFailed.
+    """
+    with lock(folder):
+        manifest = read_manifest(folder)
+        if disk.described(folder / name) != manifest["files"][name]:
+            raise ArtifactDamaged(
+                f"{folder / name}: found other bytes than were written, need those",
+                f"restore the file, or remove {folder} and run `{MADE_BY[manifest['kind']]}` again",
+            )
+        try:
+            (folder / MANIFEST).unlink()
+            disk.fsync_folder(folder)
+        except OSError as error:
+            raise disk_failed(error, folder) from error
+        disk.write_file(folder / name, content)
+        entries = {**manifest["files"], name: disk.described(folder / name)}
+        disk.write_file(folder / MANIFEST, _manifest_bytes({**manifest, "files": entries}))
+
+
 def replace(new: Path, target: Path) -> None:
     """Give a whole artifact the name of another one, which goes only after that. Raises DiskFailed."""
     target = target.resolve()

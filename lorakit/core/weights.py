@@ -52,9 +52,11 @@ class Weights:
 
     @cached_property
     def fingerprint(self) -> str:
-        """The hash of the config and of every shard's bytes."""
+        """The hash of the config and of every shard's bytes; which attention kernel the config asks for is no part of
+        what the model is."""
         hashes = {shard: _content_sha256(self.folder / shard) for shard in self.shards}
-        return artifacts.fingerprint([dict(self.config), hashes])
+        config = {key: value for key, value in self.config.items() if key != "attn_implementation"}
+        return artifacts.fingerprint([config, hashes])
 
 
 def open_weights(folder: Path) -> Weights:
