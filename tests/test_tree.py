@@ -21,10 +21,12 @@ FLOORS = (
     ("config", "disk"),
     ("artifacts",),
     ("templates", "weights", "hub", "environment"),
-    ("records",),
-    ("readers", "tokenization"),
-    ("sources", "packing", "blocks", "adapters"),
-    ("preparing", "model"),
+    ("records", "profiling"),
+    ("readers", "tokenization", "implementations"),
+    ("sources", "packing", "blocks", "adapters", "cases"),
+    ("preparing", "model", "trials"),
+    ("proving",),
+    ("attention",),
     ("evaluation", "generation"),
     ("training", "merging", "starter"),
 )
@@ -88,7 +90,7 @@ def test_rooms_for_checks_import_no_torch(room: str) -> None:
     assert not [name for name in at_import if name.split(".")[0] in ("torch", "transformers", "peft", "accelerate")]
 
 
-COMMANDS = ("prepare", "train", "merge", "chat", "evaluate", "demo")
+COMMANDS = ("prepare", "patch-attention", "train", "merge", "chat", "evaluate", "demo")
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], *([command, "--help"] for command in COMMANDS)])
@@ -168,7 +170,8 @@ STEPS = [step for step in vars(config).values() if isinstance(step, type) and is
 
 
 def test_every_step_is_a_command() -> None:
-    assert {step.__name__.removesuffix("Config").lower() for step in STEPS} == set(COMMANDS)
+    names = {command.replace("-", "") for command in COMMANDS}
+    assert {step.__name__.removesuffix("Config").lower() for step in STEPS} == names
 
 
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: step.__name__)

@@ -16,12 +16,14 @@ Imports go down only:
 
     training, merging, starter
         evaluation, generation
-            preparing, model
-                sources, packing, blocks, adapters
-                    readers, tokenization
-                        records
-                            templates, weights, hub, environment
-                                artifacts
-                                    config, disk
-                                        errors, events
+            attention
+                proving
+                    preparing, model, trials
+                        sources, packing, blocks, adapters, cases
+                            readers, tokenization, implementations
+                                records, profiling
+                                    templates, weights, hub, environment
+                                        artifacts
+                                            config, disk
+                                                errors, events
 """

@@ -13,6 +13,7 @@ Shapes by suffix: B blocks, T tokens of a block.
 import bisect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,17 @@ class Batch:
     ids_BT: NDArray[np.int64]
     positions_BT: NDArray[np.int64]
     trained_BT: NDArray[np.bool_]
+
+    @cached_property
+    def ends(self) -> NDArray[np.int32]:
+        """0, and where each document of the rows end to end has its end."""
+        starts = np.flatnonzero(self.positions_BT == 0)
+        return np.append(starts, self.positions_BT.size).astype(np.int32)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest document."""
+        return int(np.diff(self.ends).max())
 
     @property
     def trained_tokens(self) -> int:

@@ -17,6 +17,7 @@ from pydantic.fields import FieldInfo
 
 from lorakit.core.errors import UsageError
 
+Attention = Literal["auto", "varlen", "sdpa", "flex_attention", "eager", "flash_attention_2", "flash_attention_3"]
 TEMPLATES = ("auto", "chat", "none", "alpaca", "vicuna", "llama2", "chatml")
 _MAX_SEED = 2**63 - 1  # what torch.manual_seed takes
 
@@ -225,6 +226,11 @@ class ModelSection(Section):
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = setting(
         "auto", "Number type of the base. auto: bf16 where the GPU has it, fp16 on older GPUs, fp32 on the CPU."
     )
+    attention: Attention = setting(
+        "auto",
+        "Implementation of attention. auto: what `lorakit patch-attention --apply` measured on this machine, else "
+        "varlen where a small proof finds it right.",
+    )
 
 
 class TrainDataSection(Section):
@@ -306,6 +312,30 @@ class SavingSection(Section):
     save_steps: int = setting(100, "Optimizer steps between checkpoints.", ge=1, decides_result=False)
     save_total_limit: int = setting(2, "Newest checkpoints that are kept.", ge=1, decides_result=False)
     logging_steps: int = setting(1, "Optimizer steps between lines in metrics.jsonl.", ge=1, decides_result=False)
+
+
+class AttentionSection(Section):
+    title = "Model"
+    model: ModelName | None = setting(
+        None, "Model: a folder or a hub id; only its config is read.", positional=True, metavar="MODEL"
+    )
+    block_size: int | None = setting(None, "Tokens of a row. Left out: 2,048 on a GPU, 256 on a CPU.", ge=64)
+    batch_size: int = setting(1, "Rows at once.", ge=1)
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = setting(
+        "auto", "Number type. auto: bf16 where the GPU has it, fp16 on older GPUs, fp32 on the CPU."
+    )
+
+
+class ApplySection(Section):
+    title = "Applying"
+    apply: bool = setting(False, "Keep the choice, for `lorakit train --attention auto` on this machine.")
+    implementation: Attention = setting("auto", "What to apply. auto: the fastest that is right for packed blocks.")
+    apply_to: PathSetting | None = setting(
+        None, "Write the choice into this model folder's config.json, for stock transformers.", metavar="DIR"
+    )
+    revert: PathSetting | None = setting(
+        None, "Put back the config.json that was there before --apply-to.", metavar="DIR"
+    )
 
 
 class AdapterSection(Section):
@@ -539,6 +569,23 @@ class TrainConfig(StepConfig):
             raise ValueError(
                 f"found {names} beside --blocks, need them at `lorakit prepare`: blocks are packed already"
             )
+        return self
+
+
+class PatchAttentionConfig(StepConfig):
+    attention: AttentionSection
+    applying: ApplySection
+
+    @model_validator(mode="after")
+    def _one_thing_to_do(self) -> Self:
+        applying = self.applying
+        if applying.revert is not None:
+            if self.attention.model or applying.apply or applying.apply_to:
+                raise ValueError("found --revert beside a MODEL or something to apply, need it alone")
+        elif not (self.attention.model or applying.apply_to):
+            raise ValueError("found no MODEL, need a folder or a hub id")
+        if applying.implementation != "auto" and not (applying.apply or applying.apply_to):
+            raise ValueError("found --implementation alone, need --apply or --apply-to beside it")
         return self
 
 

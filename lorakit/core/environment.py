@@ -1,8 +1,13 @@
 """This machine and its environment variables. The only file of the core that reads or sets one."""
 
+import base64
+import hashlib
+import importlib.metadata
 import os
 import sys
 from pathlib import Path
+
+_LLAMA = "transformers/models/llama/modeling_llama.py"
 
 
 def usable_cores() -> int:
@@ -13,6 +18,36 @@ def usable_cores() -> int:
 def one_thread_for_tokenizers() -> None:
     """Keep the `tokenizers` library to one thread, for one of several worker processes."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def quiet_profiler() -> None:
+    """Keep torch's profiler from printing a line of its own at every start and stop."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+
+
+def patched_transformers() -> str | None:
+    """Whether someone has edited the Llama source of the installed transformers by hand (an old recipe for flash
+    attention), and how to undo it: the file's hash beside the one that was recorded when it was installed."""
+    try:
+        distribution = importlib.metadata.distribution("transformers")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    recorded = next((file for file in distribution.files or () if file.as_posix() == _LLAMA), None)
+    if recorded is None or recorded.hash is None or recorded.hash.mode != "sha256":
+        return None
+    path = Path(str(recorded.locate()))
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()
+    if digest == recorded.hash.value:
+        return None
+    how = "calls scaled_dot_product_attention itself" if b"scaled_dot_product_attention(" in content else "was edited"
+    return (
+        f"{path} isn't the file that was installed: it {how}; attention in it may lose the KV cache or the fast "
+        f"kernel. To undo it: pip install --force-reinstall --no-deps transformers=={distribution.version}"
+    )
 
 
 def cache_folder() -> Path:

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from lorakit.core.attention import apply
 from lorakit.core.blocks import VALIDATION, Batch, Blocks
 from lorakit.core.config import EvaluateConfig
 from lorakit.core.errors import NonFinite
 from lorakit.core.events import Notice, Progress, Report
+from lorakit.core.implementations import BY_LENGTHS
 from lorakit.core.model import open_model, require_vocabulary
 
 
@@ -42,11 +44,17 @@ def loss_sum(model: Any, batch: Batch) -> Tensor:
     ids_BT = torch.from_numpy(batch.ids_BT).to(device)
     predicting_BT = trained_BT[:, 1:]
     columns = predicting_BT.any(dim=0).nonzero().squeeze(1)
+    lengths: dict[str, Any] = {}
+    if model.config._attn_implementation in BY_LENGTHS:
+        ends = torch.from_numpy(batch.ends).to(device)
+        lengths = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends}
+        lengths |= {"max_length_q": batch.longest, "max_length_k": batch.longest}
     output = model(
         input_ids=ids_BT,
         position_ids=torch.from_numpy(batch.positions_BT).to(device),
         use_cache=False,
         logits_to_keep=columns,
+        **lengths,
     )
     chosen = predicting_BT[:, columns]
     logits_NV = output.logits[chosen].float()
@@ -65,6 +73,7 @@ def evaluate(config: EvaluateConfig, report: Report) -> Evaluation:
         blocks = Blocks(config.data.blocks)
     opened = open_model(config.model.model, config.model.base, config.model.dtype, report)
     require_vocabulary(opened.model, blocks.largest_id(), blocks.path)
+    apply(opened.model, "auto")
     batches = range(0, len(blocks), config.data.batch_size)
     passes: list[tuple[str, Callable[[], Any]]] = [("evaluating", nullcontext)]
     if opened.adapter is not None:

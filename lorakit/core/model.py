@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -46,6 +47,20 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
+def load_config(folder: Path) -> Any:
+    """A model's config as transformers knows it. Raises InputRefused."""
+    from transformers import AutoConfig
+
+    try:
+        with quiet_libraries():
+            return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+        raise InputRefused(
+            f"{folder}: found no config.json of a model that transformers knows ({first_line(error)}), need one",
+            "choose a model of the Llama family; code that comes with a model is never run",
+        ) from None
+
+
 def load_base(weights: Weights, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """The base model, frozen and in evaluation mode. Raises InputRefused where transformers can't build it whole."""
     try:
@@ -59,7 +74,7 @@ def load_base(weights: Weights, dtype: torch.dtype, device: torch.device) -> Pre
                 trust_remote_code=False,
                 output_loading_info=True,
             )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, StrictDataclassError) as error:
         if is_out_of_memory(error):
             raise
         raise InputRefused(

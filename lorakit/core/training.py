@@ -30,6 +30,7 @@ from torch import Tensor
 
 from lorakit.core import adapters, artifacts, disk
 from lorakit.core.artifacts import Artifact
+from lorakit.core.attention import apply
 from lorakit.core.blocks import Blocks
 from lorakit.core.config import TrainConfig
 from lorakit.core.errors import ArtifactDamaged, Mismatch, NonFinite, OutOfMemory, Stopped, first_line, is_out_of_memory
@@ -75,6 +76,7 @@ class Trained:
     peak_bytes: int
     seconds: float
     resumed_from: int
+    attention: str
     already_done: bool
 
 
@@ -89,6 +91,8 @@ class _State:
     last_loss: float = math.nan
     loss_scale: float = _FIRST_LOSS_SCALE
     loss_scale_age: int = 0
+    attention: str = ""
+    """The implementation that the first step was computed with: the others are too."""
 
 
 @dataclass(frozen=True)
@@ -189,7 +193,11 @@ class _Run:
                 f"need those of {config.model.model}",
                 f"`lorakit prepare … --tokenizer {config.model.model}`",
             )
-        self.model = add_lora(load_base(weights, dtype, self.device), config.lora, batch.seed, config.model.model)
+        base = load_base(weights, dtype, self.device)
+        attention = str(checkpoint.facts["attention"]) if checkpoint is not None else config.model.attention
+        self.state.attention = apply(base, attention, report)
+        report(Notice(f"attention: {self.state.attention}"))
+        self.model = add_lora(base, config.lora, batch.seed, config.model.model)
         require_vocabulary(self.model, blocks.largest_id(), blocks.path)
         if blocks.template is not None:
             self.tokenizer.chat_template = blocks.template  # whoever talks with the adapter asks as it was trained
@@ -372,6 +380,7 @@ class _Run:
             "peak_bytes": _peak_bytes(self.device),
             "seconds": state.seconds,
             "resumed_from": self.resumed_from,
+            "attention": state.attention,
         }
         files = {
             **self._adapter_files(),

@@ -14,6 +14,7 @@ from lorakit.core.config import (
     DemoConfig,
     EvaluateConfig,
     MergeConfig,
+    PatchAttentionConfig,
     PrepareConfig,
     StepConfig,
     TrainConfig,
@@ -26,6 +27,7 @@ from lorakit.options import read_settings
 NEEDED: Mapping[type[StepConfig], dict[str, object]] = {
     PrepareConfig: {"dataset": "/d/rows.jsonl", "tokenizer": "owner/name"},
     TrainConfig: {"model": "owner/name", "blocks": "/d/blocks"},
+    PatchAttentionConfig: {"model": "owner/name"},
     MergeConfig: {"adapter": "owner/adapter"},
     ChatConfig: {"model": "owner/name"},
     EvaluateConfig: {"model": "owner/name", "blocks": "/d/blocks"},
@@ -36,6 +38,7 @@ NEEDED: Mapping[type[StepConfig], dict[str, object]] = {
 EVERY = {
     PrepareConfig: {"block_size": 64, "long": "drop", "pack": "none", "output": "out", "overwrite": True},
     TrainConfig: {"rank": 3, "target_modules": ("q_proj", "v_proj"), "batch_size": 2, "effective_batch_size": 6},
+    PatchAttentionConfig: {"block_size": 128, "apply": True, "implementation": "sdpa", "apply_to": "/d/model"},
     MergeConfig: {"base": "owner/base", "output": "/d/merged"},
     ChatConfig: {"prompt": ("a, b", "- [x]: 'c'"), "system": "Sei höflich.\n", "temperature": 0.7, "top_p": 0.9},
     EvaluateConfig: {"dtype": "bf16", "batch_size": 4},
@@ -189,6 +192,8 @@ BOUNDS: list[tuple[type[StepConfig], str, list[object], list[object]]] = [
     (TrainConfig, "logging_steps", [1], [0]),
     (ChatConfig, "max_new_tokens", [1], [0]),
     (ChatConfig, "temperature", [0], [-0.1]),
+    (PatchAttentionConfig, "block_size", [64], [63]),
+    (PatchAttentionConfig, "batch_size", [1], [0]),
     (ChatConfig, "top_p", [0.01, 1], [0, 1.01]),
     (ChatConfig, "seed", [0, 2**63 - 1], [-1, 2**64]),
     (EvaluateConfig, "batch_size", [1], [0]),

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lorakit.core.environment import cache_folder
+from lorakit.core.environment import cache_folder, patched_transformers
 
 
 @pytest.fixture(autouse=True)
@@ -49,3 +49,38 @@ def test_a_mac_keeps_the_cache_in_its_library(monkeypatch: pytest.MonkeyPatch, t
 def test_asking_makes_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "new"))
     assert not cache_folder().exists()
+
+
+# A transformers that was edited by hand
+
+
+def test_the_installed_transformers_is_as_it_was_installed() -> None:
+    assert patched_transformers() is None
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(b"x = scaled_dot_product_attention(q, k, v)", "calls scaled_dot_product_attention itself"), (b"x", "was edited")],
+)
+def test_an_edited_source_is_named_with_the_way_back(
+    content: bytes, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import base64
+    import hashlib
+    import importlib.metadata
+
+    path = tmp_path / "transformers" / "models" / "llama" / "modeling_llama.py"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"as installed")
+    recorded = base64.urlsafe_b64encode(hashlib.sha256(b"as installed").digest()).rstrip(b"=").decode()
+    info = tmp_path / "transformers-5.99.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 5.99\n")
+    (info / "RECORD").write_text(f"transformers/models/llama/modeling_llama.py,sha256={recorded},12\n")
+    found = importlib.metadata.PathDistribution(info)
+    monkeypatch.setattr(importlib.metadata, "distribution", lambda name: found)
+    assert patched_transformers() is None
+    path.write_bytes(content)
+    said = str(patched_transformers())
+    assert words in said
+    assert "pip install --force-reinstall --no-deps transformers==5.99" in said

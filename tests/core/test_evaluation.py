@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from lorakit.core.attention import apply
 from lorakit.core.blocks import Batch, Blocks
 from lorakit.core.evaluation import loss_sum
 from tests.conftest import Ran
@@ -17,11 +18,14 @@ from tests.conftest import Ran
 Cli = Callable[..., Ran]
 
 
-@pytest.fixture(scope="module")
-def model(tiny_llama: Path) -> Any:
+@pytest.fixture(scope="module", params=["eager", "sdpa", "varlen"])
+def model(tiny_llama: Path, request: pytest.FixtureRequest) -> Any:
+    """A model with each implementation of attention that runs on a CPU."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
+    apply(model, request.param)
+    return model
 
 
 @pytest.fixture
@@ -67,7 +71,7 @@ def test_changing_one_document_leaves_the_others_logits_alone(model: Any) -> Non
     other = batch.ids_BT.copy()
     other[0, 20:50] = (other[0, 20:50] + 7) % 256
     positions = torch.from_numpy(batch.positions_BT)
-    with torch.no_grad():
+    with torch.no_grad():  # also of code that passes positions alone, as transformers' own collator does
         one = model(input_ids=torch.from_numpy(batch.ids_BT), position_ids=positions, use_cache=False).logits[0]
         two = model(input_ids=torch.from_numpy(other), position_ids=positions, use_cache=False).logits[0]
     assert torch.equal(one[:20], two[:20])
@@ -103,6 +107,8 @@ def test_prompt_and_padding_have_no_gradient_of_their_own(model: Any, blocks_fol
     seen: dict[str, torch.Tensor] = {}
 
     class Watched(torch.nn.Module):
+        config = model.config
+
         def get_input_embeddings(self) -> Any:
             return model.get_input_embeddings()
 

@@ -1,0 +1,102 @@
+"""`lorakit patch-attention` from the command line."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lorakit.core import environment
+from tests.conftest import Ran, make_llama
+
+Cli = Callable[..., Ran]
+
+ROW = {"case", "backend", "kernel", "max_difference", "rms_ratio", "seconds", "peak_bytes", "ok"}
+
+
+def test_a_models_attention_is_shown_row_by_row(cli: Cli, tiny_llama: Path) -> None:
+    ran = cli("patch-attention", tiny_llama, "--block-size", 64)
+    assert ran.code == 0
+    assert "LlamaAttention: 4 heads of 16, 2 key heads; float32 on" in ran.out
+    lines = ran.out.splitlines()
+    assert any(line.startswith("packed ") and " varlen " in line and line.endswith(" ok") for line in lines)
+    assert "transformers isolates nothing here" in ran.out
+    assert "skipped: flex_attention in 9 cases: no GPU here" in ran.out
+    assert "can't be known on this machine" in ran.out
+    assert "--apply" in ran.err
+
+
+def test_json_is_one_object_with_every_row(cli: Cli, tiny_llama: Path) -> None:
+    ran = cli("patch-attention", tiny_llama, "--block-size", 64, "--batch-size", 2, "--dtype", "bf16", "--json")
+    found = ran.json
+    assert found["implementation"] in ("varlen", "sdpa", "eager")
+    assert found["dtype"] == "bfloat16"
+    assert all(set(row) >= ROW for row in found["rows"])
+    assert all(set(one) == {"case", "backend", "reason"} for one in found["skipped"])
+
+
+def test_only_the_config_is_needed(cli: Cli, tmp_path: Path) -> None:
+    folder = make_llama(tmp_path / "model")
+    for path in folder.iterdir():
+        if path.name != "config.json":
+            path.unlink()
+    assert cli("patch-attention", folder, "--block-size", 64).code == 0
+
+
+def test_a_choice_goes_into_a_model_and_out_again(cli: Cli, tmp_path: Path) -> None:
+    folder = make_llama(tmp_path / "model")
+    before = (folder / "config.json").read_bytes()
+    ran = cli("patch-attention", "--apply-to", folder, "--block-size", 64)
+    assert ran.code == 0
+    assert str(folder / "config.json") in ran.out
+    assert (folder / "config.json").read_bytes() != before
+    assert cli("patch-attention", "--revert", folder, "--json").json["path"] == str(folder / "config.json")
+    assert (folder / "config.json").read_bytes() == before
+    assert cli("patch-attention", "--revert", folder).code == 3
+
+
+def test_forced_to_math_the_command_fails_with_the_reason(cli: Cli, tiny_llama: Path) -> None:
+    with sdpa_kernel([SDPBackend.MATH]):
+        ran = cli("patch-attention", tiny_llama, "--block-size", 64, "--json")
+    assert ran.code == 11
+    assert not all(row["ok"] for row in ran.json["rows"])
+    assert "fell back to math: every other kernel is turned off" in ran.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        ([], 2, "found no MODEL"),
+        (["MODEL", "--dtype", "fp64"], 2, "--dtype: found 'fp64', need one of auto, bf16, fp16, fp32"),
+        (["MODEL", "--implementation", "sdpa"], 2, "found --implementation alone"),
+        (["MODEL", "--implementation", "flash", "--apply"], 2, "need one of auto, varlen"),
+        (["MODEL", "--revert", "MODEL"], 2, "found --revert beside a MODEL"),
+        (["MODEL", "--block-size", "1"], 2, "need a whole number ≥ 64"),
+        (["MODEL", "--implementation", "flex_attention", "--apply"], 3, "no GPU here"),
+        (["--apply-to", "MODEL", "--implementation", "varlen"], 3, "transformers knows through lorakit only"),
+        (["nowhere"], 12, "no answer of the Hub"),
+    ],
+)
+def test_bad_input_says_what_is_needed(arguments: list[str], code: int, words: str, cli: Cli, tiny_llama: Path) -> None:
+    size = [] if "--block-size" in arguments or not arguments else ["--block-size", 64]
+    if "--revert" in arguments:
+        size = []
+    ran = cli("patch-attention", *(tiny_llama if word == "MODEL" else word for word in arguments), *size)
+    assert ran.code == code
+    assert words in " ".join(ran.err.split())
+
+
+@pytest.mark.parametrize(
+    "content", ["{}", '{"model_type": "none such"}', '{"model_type": "llama", "hidden_size": 30}', "["]
+)
+def test_a_config_of_no_model_is_refused(content: str, cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(content)
+    ran = cli("patch-attention", tmp_path / "model")
+    assert ran.code == 3
+    assert "found" in ran.err
+
+
+def test_a_source_that_was_edited_by_hand_is_named(cli: Cli, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "patched_transformers", lambda: "modeling_llama.py isn't the file")
+    assert "modeling_llama.py isn't the file" in cli("patch-attention", tiny_llama, "--block-size", 64).err
