@@ -21,7 +21,7 @@ FLOORS = (
     ("config", "disk"),
     ("artifacts",),
     ("templates", "weights", "hub", "environment"),
-    ("records",),
+    ("records", "shapes"),
     ("readers", "tokenization"),
     ("sources", "packing", "blocks", "adapters"),
     ("preparing", "model"),
@@ -32,7 +32,7 @@ FLOORS = (
 
 WITHOUT_TORCH = (
     *("errors", "events", "config", "disk", "artifacts", "templates", "weights", "hub", "environment", "records"),
-    *("readers", "tokenization", "sources", "packing", "blocks", "adapters", "preparing"),
+    *("shapes", "readers", "tokenization", "sources", "packing", "blocks", "adapters", "preparing"),
 )
 
 

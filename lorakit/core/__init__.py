@@ -2,6 +2,7 @@
 
 One word a thing:
 
+shape          a model's modules and their sizes, without weights
 block          a fixed number of tokens, filled with whole documents where they fit
 document       one row of a dataset as tokens; it never sees another document of its block
 span           characters [start, end) of a text that are trained on
@@ -19,7 +20,7 @@ Imports go down only:
             preparing, model
                 sources, packing, blocks, adapters
                     readers, tokenization
-                        records
+                        records, shapes
                             templates, weights, hub, environment
                                 artifacts
                                     config, disk

@@ -2,19 +2,22 @@
 
 import hashlib
 import math
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lorakit.core.adapters import Adapter, match, open_adapter
 from lorakit.core.config import LoraSection
 from lorakit.core.errors import EnvironmentUnusable, InputRefused, first_line, is_out_of_memory
 from lorakit.core.events import Notice, Report
 from lorakit.core.hub import model_folder
+from lorakit.core.shapes import Module, Shape, refuse_experts
 from lorakit.core.tokenization import load_tokenizer, quiet_libraries
 from lorakit.core.weights import Weights, open_weights
 
@@ -44,6 +47,64 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if device.type == "cpu":
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def meta_shape(name: str, config: Mapping[str, Any]) -> Shape:
+    """The shape of any causal language model that transformers itself lays out, on the meta device: no weights.
+
+    Raises InputRefused: a model that transformers doesn't know, a mixture of experts, no decoder layers.
+    """
+    refuse_experts(name, config)
+    family = str(config.get("model_type"))
+    try:
+        with quiet_libraries(), torch.device("meta"):
+            fields = {key: value for key, value in config.items() if key not in ("model_type", "auto_map")}
+            known = AutoConfig.for_model(family, **fields)
+            model = AutoModelForCausalLM.from_config(known, trust_remote_code=False)
+        text = model.config.get_text_config()
+        layers = next(key for key, found in model.named_modules() if isinstance(found, torch.nn.ModuleList))
+    except (ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, StopIteration) as error:
+        raise InputRefused(
+            f"{name}: found the model type {family!r}, which transformers can't lay out ({first_line(error)}); "
+            "need a decoder-only language model",
+            "choose a model of the Llama family; code that comes with a model is never run",
+        ) from None
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    heads = int(text.num_attention_heads)
+    return Shape(
+        name=name,
+        model_type=family,
+        hidden_size=int(text.hidden_size),
+        intermediate_size=int(getattr(text, "intermediate_size", None) or 4 * text.hidden_size),
+        num_layers=len(model.get_submodule(layers)),
+        num_heads=heads,
+        num_kv_heads=int(getattr(text, "num_key_value_heads", None) or heads),
+        head_dim=int(getattr(text, "head_dim", None) or text.hidden_size // heads),
+        vocab_size=int(embedding.weight.shape[0]),
+        tied=head.weight is embedding.weight,
+        head=next(key for key, module in model.named_modules() if module is head),
+        modules=tuple(_meta_modules(model, layers)),
+        known=False,
+    )
+
+
+def _meta_modules(model: PreTrainedModel, layers: str) -> Iterator[Module]:
+    """Every module that holds parameters or buffers of its own, in order."""
+    for name, module in model.named_modules():
+        inside = re.match(rf"{re.escape(layers)}\.(\d+)\.", name)
+        layer = int(inside[1]) if inside else None
+        own = dict(module.named_parameters(recurse=False))
+        weight, bias = own.pop("weight", None), own.pop("bias", None) is not None
+        if isinstance(module, torch.nn.Embedding):
+            yield Module(name, "embedding", module.num_embeddings, module.embedding_dim, layer=layer)
+        elif isinstance(module, torch.nn.Linear):
+            yield Module(name, "linear", module.out_features, module.in_features, bias, layer)
+        elif weight is not None or own:
+            elements = sum(found.numel() for found in (weight, *own.values()) if found is not None)
+            yield Module(name, "norm", elements, bias=bias, layer=layer)
+        elif next(module.buffers(recurse=False), None) is not None:
+            elements = sum(found.numel() for found in module.buffers(recurse=False))
+            yield Module(name, "buffer", elements, layer=layer)
 
 
 def load_base(weights: Weights, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
