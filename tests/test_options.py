@@ -81,8 +81,8 @@ TYPED: list[tuple[type[StepConfig], str, dict[str, Any]]] = [
         TrainConfig,
         "--split s --subset u --revision r --format alpaca --columns instruction=a,output=b --max-rows 7 "
         "--validation-split 0.125 --validation-dataset /d/v.csv --on-bad-row skip --num-workers 2 "
-        "--model m --dataset /d/r.jsonl --dtype bf16 --block-size 32 --train-on all --template chat --pack none "
-        "--long split --rank 4 --lora-alpha 7.5 --lora-dropout 0.25 --target-modules q_proj,v_proj "
+        "--model m --dataset /d/r.jsonl --dtype bf16 --quantize nf4 --block-size 32 --train-on all --template chat "
+        "--pack none --long split --rank 4 --lora-alpha 7.5 --lora-dropout 0.25 --target-modules q_proj,v_proj "
         "--learning-rate 2e-5 --lr-scheduler-type cosine --warmup-ratio 0.5 --weight-decay 0.125 --max-grad-norm 3 "
         "--batch-size 2 --effective-batch-size 8 --epochs 0.5 --max-steps 7 --no-gradient-checkpointing --seed 9 "
         "--save-steps 11 --save-total-limit 12 --logging-steps 13 --output /o --overwrite",
@@ -101,6 +101,7 @@ TYPED: list[tuple[type[StepConfig], str, dict[str, Any]]] = [
             "on_bad_row": "skip",
             "num_workers": 2,
             "dtype": "bf16",
+            "quantize": "nf4",
             "block_size": 32,
             "train_on": "all",
             "template": "chat",

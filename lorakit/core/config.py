@@ -225,6 +225,10 @@ class ModelSection(Section):
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = setting(
         "auto", "Number type of the base. auto: bf16 where the GPU has it, fp16 on older GPUs, fp32 on the CPU."
     )
+    quantize: Literal["none", "int8", "nf4", "fp4"] = setting(
+        "none",
+        "Keep the base's linear layers in 8 bits (LLM.int8) or 4 (QLoRA's NF4, or FP4, with double quantization).",
+    )
 
 
 class TrainDataSection(Section):

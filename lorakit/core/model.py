@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from lorakit.core.adapters import Adapter, match, open_adapter
 from lorakit.core.config import LoraSection
@@ -107,8 +108,12 @@ def _meta_modules(model: PreTrainedModel, layers: str) -> Iterator[Module]:
             yield Module(name, "buffer", elements, layer=layer)
 
 
-def load_base(weights: Weights, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """The base model, frozen and in evaluation mode. Raises InputRefused where transformers can't build it whole."""
+def load_base(weights: Weights, dtype: torch.dtype, device: torch.device, quantize: str = "none") -> PreTrainedModel:
+    """The base model, frozen and in evaluation mode, its linear layers quantized while they are loaded.
+
+    Raises InputRefused where transformers can't build it whole.
+    """
+    quantization = _quantization(quantize, dtype)
     try:
         with quiet_libraries():
             model, loaded = AutoModelForCausalLM.from_pretrained(
@@ -119,6 +124,8 @@ def load_base(weights: Weights, dtype: torch.dtype, device: torch.device) -> Pre
                 use_safetensors=True,
                 trust_remote_code=False,
                 output_loading_info=True,
+                quantization_config=quantization,
+                device_map={"": device} if quantization else None,
             )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         if is_out_of_memory(error):
@@ -136,7 +143,22 @@ def load_base(weights: Weights, dtype: torch.dtype, device: torch.device) -> Pre
         )
     model.requires_grad_(False)
     model.config.use_cache = False
-    return model.to(device).eval()
+    return (model if quantization else model.to(device)).eval()
+
+
+def _quantization(quantize: str, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """What `--quantize` means to bitsandbytes; embeddings, norms and the head keep the base's number type, which peft's
+    `prepare_model_for_kbit_training` would double to fp32 for nothing."""
+    if quantize == "none":
+        return None
+    if quantize == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantize,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
 
 
 def add_lora(base: PreTrainedModel, lora: LoraSection, seed: int, base_name: str) -> PeftModel:
@@ -171,10 +193,23 @@ def add_lora(base: PreTrainedModel, lora: LoraSection, seed: int, base_name: str
 
 
 def checkpoint_activations(model: PeftModel) -> None:
-    """Keep only each layer's input and compute the rest again in the backward pass (Chen et al. 2016)."""
+    """Keep only each layer's input and compute the rest again in the backward pass (Chen et al. 2016).
+
+    Over bitsandbytes' int8 by the reentrant kind: MatMul8bitLt keeps each input as an attribute, which the other kind,
+    made of hooks on saved tensors, can't drop, so that nothing would be freed.
+    """
+    reentrant = bool(getattr(model.get_base_model(), "is_loaded_in_8bit", False))
     with quiet_libraries():  # the newest transformers warns that it will rename this, the oldest knows no other name
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
         model.enable_input_require_grads()
+
+
+def leave_casts_to_autocast(model: PeftModel) -> None:
+    """Keep PEFT from casting what LoRA reads to the adapter's fp32, which autocast then casts back: a copy of every
+    linear layer's input that lives until the backward pass."""
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.cast_input_dtype_enabled = False
 
 
 def lora_parameters(model: PeftModel) -> dict[str, torch.nn.Parameter]:

@@ -39,6 +39,7 @@ from lorakit.core.hub import model_folder
 from lorakit.core.model import (
     add_lora,
     checkpoint_activations,
+    leave_casts_to_autocast,
     load_base,
     lora_parameters,
     pick_device,
@@ -189,12 +190,15 @@ class _Run:
                 f"need those of {config.model.model}",
                 f"`lorakit prepare … --tokenizer {config.model.model}`",
             )
-        self.model = add_lora(load_base(weights, dtype, self.device), config.lora, batch.seed, config.model.model)
+        base = load_base(weights, dtype, self.device, config.model.quantize)
+        self.model = add_lora(base, config.lora, batch.seed, config.model.model)
         require_vocabulary(self.model, blocks.largest_id(), blocks.path)
         if blocks.template is not None:
             self.tokenizer.chat_template = blocks.template  # whoever talks with the adapter asks as it was trained
         if batch.gradient_checkpointing:
             checkpoint_activations(self.model)
+        if dtype is not torch.float32:
+            leave_casts_to_autocast(self.model)
         self.model.train()
         self.scaled = dtype is torch.float16
         self.autocast: AbstractContextManager[Any] = (
@@ -207,6 +211,7 @@ class _Run:
             betas=_BETAS,
             eps=_EPSILON,
             weight_decay=config.optimizer.weight_decay,
+            fused=self.device.type == "cuda",  # without: another fp32 copy of the adapter in every step
         )
         self.rate_at = _learning_rates(config, self.optimizer, self.schedule.steps)
         adapter_bytes = sum(parameter.numel() * 4 for parameter in self.parameters.values())
