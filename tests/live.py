@@ -26,14 +26,14 @@ class LiveBytes(TorchDispatchMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         for tensor in _tensors((args, kwargs)):  # unknown yet: made before
-            self._known.add(tensor.untyped_storage()._cdata)
+            self._meet(tensor.untyped_storage(), 0)
         for tensor in _tensors(result):
-            self._count(tensor.untyped_storage())
+            self._meet(tensor.untyped_storage(), tensor.untyped_storage().nbytes())
         return result
 
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self._known and size:
+    def _meet(self, storage: torch.UntypedStorage, size: int) -> None:
+        key = storage._cdata
+        if key not in self._known:
             self._known.add(key)
             self.live += size
             self.peak = max(self.peak, self.live)

@@ -22,7 +22,7 @@ FLOORS = (
     ("artifacts",),
     ("templates", "weights", "hub", "environment"),
     ("records", "shapes"),
-    ("readers", "tokenization"),
+    ("readers", "tokenization", "memory"),
     ("sources", "packing", "blocks", "adapters"),
     ("preparing", "model"),
     ("evaluation", "generation"),
@@ -32,7 +32,7 @@ FLOORS = (
 
 WITHOUT_TORCH = (
     *("errors", "events", "config", "disk", "artifacts", "templates", "weights", "hub", "environment", "records"),
-    *("shapes", "readers", "tokenization", "sources", "packing", "blocks", "adapters", "preparing"),
+    *("shapes", "memory", "readers", "tokenization", "sources", "packing", "blocks", "adapters", "preparing"),
 )
 
 

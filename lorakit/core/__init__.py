@@ -19,7 +19,7 @@ Imports go down only:
         evaluation, generation
             preparing, model
                 sources, packing, blocks, adapters
-                    readers, tokenization
+                    readers, tokenization, memory
                         records, shapes
                             templates, weights, hub, environment
                                 artifacts

@@ -286,6 +286,11 @@ class BatchSection(Section):
     seed: int = setting(0, "Seed of the LoRA matrices, the order of the blocks and dropout.", ge=0, le=_MAX_SEED)
 
     @property
+    def accumulates(self) -> bool:
+        """Whether gradients are kept from one micro-step to the next."""
+        return self.accumulation_steps > 1
+
+    @property
     def accumulation_steps(self) -> int:
         """Micro-steps in an optimizer step."""
         if self.effective_batch_size is None:

@@ -19,11 +19,8 @@ from lorakit.core.blocks import VALIDATION, Batch, Blocks
 from lorakit.core.config import EvaluateConfig
 from lorakit.core.errors import NonFinite
 from lorakit.core.events import Notice, Progress, Report
+from lorakit.core.memory import LOSS_TOKENS
 from lorakit.core.model import open_model, require_vocabulary
-
-LOSS_TOKENS = 256
-"""Trained tokens whose logits exist at once: of a vocabulary of 128,256 they take 0.4 GB, where those of 2,048 tokens
-take 3."""
 
 _CHANGES_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale")  # what some models do after the head
 
