@@ -18,7 +18,7 @@ import typer
 from typer.exceptions import TyperException
 
 from lorakit import __version__
-from lorakit.commands import chat, demo, evaluate, merge, prepare, train
+from lorakit.commands import chat, demo, evaluate, merge, plan_devices, prepare, train
 from lorakit.console import Console
 from lorakit.core.errors import (
     ExitCode,
@@ -33,6 +33,7 @@ from lorakit.core.errors import (
 
 COMMANDS: Mapping[str, Callable[..., None]] = {
     "prepare": prepare.run,
+    "plan-devices": plan_devices.run,
     "train": train.run,
     "merge": merge.run,
     "chat": chat.run,

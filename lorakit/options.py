@@ -18,6 +18,7 @@ from lorakit.core.config import (
     DemoConfig,
     EvaluateConfig,
     MergeConfig,
+    PlanDevicesConfig,
     PrepareConfig,
     Setting,
     StepConfig,
@@ -31,6 +32,7 @@ _NO = "no_"
 
 CONFIGS: Mapping[str, type[StepConfig]] = {
     "prepare": PrepareConfig,
+    "plan-devices": PlanDevicesConfig,
     "train": TrainConfig,
     "merge": MergeConfig,
     "chat": ChatConfig,

@@ -15,6 +15,7 @@ from lorakit.core.config import (
     DemoConfig,
     EvaluateConfig,
     MergeConfig,
+    PlanDevicesConfig,
     PrepareConfig,
     StepConfig,
     TrainConfig,
@@ -128,6 +129,30 @@ TYPED: list[tuple[type[StepConfig], str, dict[str, Any]]] = [
             "logging_steps": 13,
             "output": "/o",
             "overwrite": True,
+        },
+    ),
+    (
+        PlanDevicesConfig,
+        "m --dtype fp16 --quantize int8 --gpus 2x24GiB,48GB --parallel ddp --rank 4 --lora-alpha 7.5 "
+        "--lora-dropout 0.25 --target-modules q_proj,v_proj --block-size auto --batch-size 3 "
+        "--gradient-accumulation-steps 2 --no-gradient-checkpointing --output /o.json --compare",
+        {
+            "model": "m",
+            "dtype": "fp16",
+            "quantize": "int8",
+            "gpus": [24 * 2**30, 24 * 2**30, 48 * 10**9],
+            "cpu": [],
+            "parallel": "ddp",
+            "rank": 4,
+            "lora_alpha": 7.5,
+            "lora_dropout": 0.25,
+            "target_modules": ["q_proj", "v_proj"],
+            "block_size": "auto",
+            "batch_size": 3,
+            "gradient_accumulation_steps": 2,
+            "gradient_checkpointing": False,
+            "output": "/o.json",
+            "compare": True,
         },
     ),
     (

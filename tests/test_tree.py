@@ -23,16 +23,28 @@ FLOORS = (
     ("templates", "weights", "hub", "environment"),
     ("records", "shapes"),
     ("readers", "tokenization", "memory"),
-    ("sources", "packing", "blocks", "adapters"),
+    ("sources", "packing", "blocks", "adapters", "placement"),
     ("preparing", "model"),
     ("evaluation", "generation"),
-    ("training", "merging", "starter"),
+    ("training", "merging", "starter", "planning"),
 )
 """The rooms of the core from the ground up; rooms on one floor don't import each other."""
 
 WITHOUT_TORCH = (
     *("errors", "events", "config", "disk", "artifacts", "templates", "weights", "hub", "environment", "records"),
-    *("shapes", "memory", "readers", "tokenization", "sources", "packing", "blocks", "adapters", "preparing"),
+    *(
+        "shapes",
+        "memory",
+        "readers",
+        "tokenization",
+        "sources",
+        "packing",
+        "blocks",
+        "adapters",
+        "placement",
+        "preparing",
+        "planning",
+    ),
 )
 
 
@@ -88,7 +100,7 @@ def test_rooms_for_checks_import_no_torch(room: str) -> None:
     assert not [name for name in at_import if name.split(".")[0] in ("torch", "transformers", "peft", "accelerate")]
 
 
-COMMANDS = ("prepare", "train", "merge", "chat", "evaluate", "demo")
+COMMANDS = ("prepare", "plan-devices", "train", "merge", "chat", "evaluate", "demo")
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], *([command, "--help"] for command in COMMANDS)])
@@ -168,7 +180,8 @@ STEPS = [step for step in vars(config).values() if isinstance(step, type) and is
 
 
 def test_every_step_is_a_command() -> None:
-    assert {step.__name__.removesuffix("Config").lower() for step in STEPS} == set(COMMANDS)
+    names = {re.sub(r"(?<=.)([A-Z])", r"-\1", step.__name__.removesuffix("Config")).lower() for step in STEPS}
+    assert names == set(COMMANDS)
 
 
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: step.__name__)

@@ -3,6 +3,7 @@
 One word a thing:
 
 shape          a model's modules and their sizes, without weights
+plan           which device holds what of a training step, and how much of its memory
 block          a fixed number of tokens, filled with whole documents where they fit
 document       one row of a dataset as tokens; it never sees another document of its block
 span           characters [start, end) of a text that are trained on
@@ -15,10 +16,10 @@ run folder     what `train` writes: checkpoints and metrics while it runs, the a
 
 Imports go down only:
 
-    training, merging, starter
+    training, merging, starter, planning
         evaluation, generation
             preparing, model
-                sources, packing, blocks, adapters
+                sources, packing, blocks, adapters, placement
                     readers, tokenization, memory
                         records, shapes
                             templates, weights, hub, environment

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple
 
-from lorakit.core.config import TrainConfig
+from lorakit.core.config import PlanDevicesConfig, TrainConfig
 from lorakit.core.shapes import Module, Shape
 
 LOSS_TOKENS = 256
@@ -52,7 +52,7 @@ class Workload:
     @classmethod
     def of(
         cls,
-        config: TrainConfig,
+        config: TrainConfig | PlanDevicesConfig,
         dtype: Literal["bf16", "fp16", "fp32"],
         block_size: int,
         batch_size: int,
@@ -156,9 +156,9 @@ def _rounded(size: int) -> int:
 
 @dataclass(frozen=True)
 class _Layer:
-    """Bytes of one decoder layer. `kept`: what autograd keeps from forward to backward. `moments`: those that can be the
-    fullest of its backward pass (with checkpointing after a second forward pass), each with the gradients that LoRA
-    has by then, and all else."""
+    """Bytes of one decoder layer. `kept`: what autograd keeps from forward to backward. `moments`: those of its
+    backward pass (with checkpointing after a second forward pass) that can be its fullest, each as the gradients that
+    LoRA has by then, and all else."""
 
     weights: int
     parameters: int
