@@ -16,6 +16,13 @@ def one_thread_for_tokenizers() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
+def let_gpu_memory_grow() -> None:
+    """Have torch grow its pieces of GPU memory instead of rounding large ones up, unless the user says otherwise: what
+    is allocated is then what was asked for, and less lies idle. Before torch's first allocation on a GPU."""
+    if "PYTORCH_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
+
 def cache_folder() -> Path:
     """Where everything cached lies: `$LORAKIT_CACHE`, else the platform's cache folder."""
     if own := os.environ.get("LORAKIT_CACHE"):

@@ -32,6 +32,7 @@ from lorakit.core import adapters, artifacts, disk
 from lorakit.core.artifacts import Artifact
 from lorakit.core.blocks import Blocks
 from lorakit.core.config import TrainConfig
+from lorakit.core.environment import let_gpu_memory_grow
 from lorakit.core.errors import ArtifactDamaged, Mismatch, NonFinite, OutOfMemory, Stopped, first_line, is_out_of_memory
 from lorakit.core.evaluation import loss_sum
 from lorakit.core.events import Notice, Progress, Report
@@ -126,6 +127,7 @@ def train(
     Raises InputRefused, Mismatch (other data, base or settings than this folder's), ArtifactDamaged, Busy, DiskFailed,
     NonFinite, OutOfMemory, HubFailed, and Stopped after a signal, with the last step saved.
     """
+    let_gpu_memory_grow()
     overwrite = config.output.overwrite
     beside = target.resolve().with_name(f"{target.resolve().name}.new")
     with artifacts.lock(target), artifacts.lock(beside) if overwrite else nullcontext():
