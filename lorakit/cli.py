@@ -18,7 +18,7 @@ import typer
 from typer.exceptions import TyperException
 
 from lorakit import __version__
-from lorakit.commands import chat, demo, evaluate, merge, patch_attention, prepare, train
+from lorakit.commands import chat, demo, evaluate, merge, patch_attention, plan_devices, prepare, train
 from lorakit.console import Console
 from lorakit.core.errors import (
     ExitCode,
@@ -34,6 +34,7 @@ from lorakit.core.errors import (
 COMMANDS: Mapping[str, Callable[..., None]] = {
     "prepare": prepare.run,
     "patch-attention": patch_attention.run,
+    "plan-devices": plan_devices.run,
     "train": train.run,
     "merge": merge.run,
     "chat": chat.run,

@@ -111,6 +111,17 @@ class Console:
             label = f"{high:8.3f}" if level == height - 1 else f"{low:8.3f}" if level == 0 else " " * 8
             self.say(f"{label} | " + "".join("*" if found == level else " " for found in levels))
 
+    def bars(self, rows: Sequence[tuple[str, Mapping[str, float], str]], width: int = 48) -> None:
+        """A bar a row on stdout: its name, its parts as shares of the whole bar, and a figure. A part is drawn with the
+        first letter of its name; what exceeds the bar is cut off with `>`."""
+        names = max(len(name) for name, _, _ in rows)
+        for name, parts, figure in rows:
+            edges = [round(width * edge) for edge in itertools.accumulate(parts.values(), initial=0.0)]
+            pieces = zip(parts, itertools.pairwise(edges), strict=True)
+            drawn = "".join(part[0] * (end - start) for part, (start, end) in pieces)
+            drawn = drawn[: width - 1] + ">" if len(drawn) > width else drawn.ljust(width, "·")
+            self.say(f"{name:<{names}}  |{drawn}|  {figure}")
+
     def answers(self, title: str, answers: Sequence[Mapping[str, Any]]) -> None:
         """Questions and what was answered before training, after it, and after merging."""
         self.say(f"\n{title}:")

@@ -19,6 +19,7 @@ from lorakit.core.config import (
     EvaluateConfig,
     MergeConfig,
     PatchAttentionConfig,
+    PlanDevicesConfig,
     PrepareConfig,
     Setting,
     StepConfig,
@@ -33,6 +34,7 @@ _NO = "no_"
 CONFIGS: Mapping[str, type[StepConfig]] = {
     "prepare": PrepareConfig,
     "patch-attention": PatchAttentionConfig,
+    "plan-devices": PlanDevicesConfig,
     "train": TrainConfig,
     "merge": MergeConfig,
     "chat": ChatConfig,

@@ -16,6 +16,7 @@ from lorakit.core.config import (
     EvaluateConfig,
     MergeConfig,
     PatchAttentionConfig,
+    PlanDevicesConfig,
     PrepareConfig,
     StepConfig,
     TrainConfig,
@@ -82,8 +83,8 @@ TYPED: list[tuple[type[StepConfig], str, dict[str, Any]]] = [
         TrainConfig,
         "--split s --subset u --revision r --format alpaca --columns instruction=a,output=b --max-rows 7 "
         "--validation-split 0.125 --validation-dataset /d/v.csv --on-bad-row skip --num-workers 2 "
-        "--model m --dataset /d/r.jsonl --dtype bf16 --attention sdpa --block-size 32 --train-on all --template chat "
-        "--pack none --long split --rank 4 --lora-alpha 7.5 --lora-dropout 0.25 --target-modules q_proj,v_proj "
+        "--model m --dataset /d/r.jsonl --dtype bf16 --attention sdpa --quantize nf4 --block-size 32 --train-on all "
+        "--template chat --pack none --long split --rank 4 --lora-alpha 7.5 --lora-dropout 0.25 --target-modules q_proj,v_proj "
         "--learning-rate 2e-5 --lr-scheduler-type cosine --warmup-ratio 0.5 --weight-decay 0.125 --max-grad-norm 3 "
         "--batch-size 2 --effective-batch-size 8 --epochs 0.5 --max-steps 7 --no-gradient-checkpointing --seed 9 "
         "--save-steps 11 --save-total-limit 12 --logging-steps 13 --output /o --overwrite",
@@ -103,6 +104,7 @@ TYPED: list[tuple[type[StepConfig], str, dict[str, Any]]] = [
             "num_workers": 2,
             "dtype": "bf16",
             "attention": "sdpa",
+            "quantize": "nf4",
             "block_size": 32,
             "train_on": "all",
             "template": "chat",
@@ -143,6 +145,30 @@ TYPED: list[tuple[type[StepConfig], str, dict[str, Any]]] = [
             "implementation": "eager",
             "apply_to": "/m",
             "revert": None,
+        },
+    ),
+    (
+        PlanDevicesConfig,
+        "m --dtype fp16 --quantize int8 --gpus 2x24GiB,48GB --parallel ddp --rank 4 --lora-alpha 7.5 "
+        "--lora-dropout 0.25 --target-modules q_proj,v_proj --block-size auto --batch-size 3 "
+        "--gradient-accumulation-steps 2 --no-gradient-checkpointing --output /o.json --compare",
+        {
+            "model": "m",
+            "dtype": "fp16",
+            "quantize": "int8",
+            "gpus": [24 * 2**30, 24 * 2**30, 48 * 10**9],
+            "cpu": [],
+            "parallel": "ddp",
+            "rank": 4,
+            "lora_alpha": 7.5,
+            "lora_dropout": 0.25,
+            "target_modules": ["q_proj", "v_proj"],
+            "block_size": "auto",
+            "batch_size": 3,
+            "gradient_accumulation_steps": 2,
+            "gradient_checkpointing": False,
+            "output": "/o.json",
+            "compare": True,
         },
     ),
     (

@@ -21,20 +21,32 @@ FLOORS = (
     ("config", "disk"),
     ("artifacts",),
     ("templates", "weights", "hub", "environment"),
-    ("records", "profiling"),
-    ("readers", "tokenization", "implementations"),
-    ("sources", "packing", "blocks", "adapters", "cases"),
+    ("records", "profiling", "shapes"),
+    ("readers", "tokenization", "implementations", "memory"),
+    ("sources", "packing", "blocks", "adapters", "cases", "placement"),
     ("preparing", "model", "trials"),
     ("proving",),
     ("attention",),
     ("evaluation", "generation"),
-    ("training", "merging", "starter"),
+    ("training", "merging", "starter", "planning"),
 )
 """The rooms of the core from the ground up; rooms on one floor don't import each other."""
 
 WITHOUT_TORCH = (
     *("errors", "events", "config", "disk", "artifacts", "templates", "weights", "hub", "environment", "records"),
-    *("readers", "tokenization", "sources", "packing", "blocks", "adapters", "preparing"),
+    *(
+        "shapes",
+        "memory",
+        "readers",
+        "tokenization",
+        "sources",
+        "packing",
+        "blocks",
+        "adapters",
+        "placement",
+        "preparing",
+        "planning",
+    ),
 )
 
 
@@ -90,7 +102,7 @@ def test_rooms_for_checks_import_no_torch(room: str) -> None:
     assert not [name for name in at_import if name.split(".")[0] in ("torch", "transformers", "peft", "accelerate")]
 
 
-COMMANDS = ("prepare", "patch-attention", "train", "merge", "chat", "evaluate", "demo")
+COMMANDS = ("prepare", "patch-attention", "plan-devices", "train", "merge", "chat", "evaluate", "demo")
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], *([command, "--help"] for command in COMMANDS)])
@@ -170,8 +182,8 @@ STEPS = [step for step in vars(config).values() if isinstance(step, type) and is
 
 
 def test_every_step_is_a_command() -> None:
-    names = {command.replace("-", "") for command in COMMANDS}
-    assert {step.__name__.removesuffix("Config").lower() for step in STEPS} == names
+    names = {re.sub(r"(?<=.)([A-Z])", r"-\1", step.__name__.removesuffix("Config")).lower() for step in STEPS}
+    assert names == set(COMMANDS)
 
 
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: step.__name__)

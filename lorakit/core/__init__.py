@@ -2,6 +2,8 @@
 
 One word a thing:
 
+shape          a model's modules and their sizes, without weights
+plan           which device holds what of a training step, and how much of its memory
 block          a fixed number of tokens, filled with whole documents where they fit
 document       one row of a dataset as tokens; it never sees another document of its block
 span           characters [start, end) of a text that are trained on
@@ -14,14 +16,14 @@ run folder     what `train` writes: checkpoints and metrics while it runs, the a
 
 Imports go down only:
 
-    training, merging, starter
+    training, merging, starter, planning
         evaluation, generation
             attention
                 proving
                     preparing, model, trials
-                        sources, packing, blocks, adapters, cases
-                            readers, tokenization, implementations
-                                records, profiling
+                        sources, packing, blocks, adapters, cases, placement
+                            readers, tokenization, implementations, memory
+                                records, profiling, shapes
                                     templates, weights, hub, environment
                                         artifacts
                                             config, disk

@@ -6,6 +6,7 @@ A step's config is made of sections (`config.lora.rank`). To the user it is flat
 
 import difflib
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import NoneType, UnionType
@@ -105,6 +106,28 @@ Renamings = Annotated[
 """name=column pairs, separated by commas; in a settings file also a mapping."""
 Names = Annotated[tuple[str, ...], BeforeValidator(_split_commas), Field(min_length=1)]
 """One or more names, separated by commas."""
+
+
+_UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_SIZE = re.compile(rf"(?:([1-9]\d{{0,3}})\s*[x×]\s*)?(\d+(?:\.\d+)?)\s*({'|'.join(_UNITS)})")
+
+
+def _sizes(value: object) -> object:
+    """`8x24GiB,48GiB` as bytes, one for each device."""
+    if not isinstance(value, str):
+        return value
+    found: list[int] = []
+    for part in value.split(","):
+        matched = _SIZE.fullmatch(part.strip())
+        size = int(float(matched[2]) * _UNITS[matched[3]]) if matched else 0
+        if not matched or not size:
+            raise ValueError("not a size")
+        found += [size] * int(matched[1] or 1)
+    return tuple(found)
+
+
+Sizes = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_sizes)]
+"""Bytes of one or more devices, typed with units; a settings file may hold plain bytes."""
 
 
 class Section(BaseModel):
@@ -231,6 +254,10 @@ class ModelSection(Section):
         "Implementation of attention. auto: what `lorakit patch-attention --apply` measured on this machine, else "
         "varlen where a small proof finds it right.",
     )
+    quantize: Literal["none", "int8", "nf4", "fp4"] = setting(
+        "none",
+        "Keep the base's linear layers in 8 bits (LLM.int8) or 4 (QLoRA's NF4, or FP4, with double quantization).",
+    )
 
 
 class TrainDataSection(Section):
@@ -288,6 +315,11 @@ class BatchSection(Section):
     seed: int = setting(0, "Seed of the LoRA matrices, the order of the blocks and dropout.", ge=0, le=_MAX_SEED)
 
     @property
+    def accumulates(self) -> bool:
+        """Whether gradients are kept from one micro-step to the next."""
+        return self.accumulation_steps > 1
+
+    @property
     def accumulation_steps(self) -> int:
         """Micro-steps in an optimizer step."""
         if self.effective_batch_size is None:
@@ -336,6 +368,78 @@ class ApplySection(Section):
     revert: PathSetting | None = setting(
         None, "Put back the config.json that was there before --apply-to.", metavar="DIR"
     )
+
+
+class PlannedModelSection(Section):
+    title = "Model"
+    model: ModelName = setting(
+        help="Model whose shape is asked for: a short name (llama-65b), a hub id or a folder. No weights are read.",
+        positional=True,
+        metavar="MODEL",
+        decides_result=False,
+    )
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = setting(
+        "auto", "Number type of the base. auto: bf16 on GPUs, fp32 on a CPU."
+    )
+    quantize: Literal["none", "int8", "nf4", "fp4"] = setting(
+        "none",
+        "Keep the base's linear layers in 8 bits (LLM.int8) or 4 (QLoRA's NF4, or FP4, with double quantization).",
+    )
+
+
+class DevicesSection(Section):
+    title = "Devices"
+    gpus: Sizes = setting(
+        (),
+        "GPUs and their memory: 8x24GiB, or 24GiB,48GiB. Left out: what is free on this machine.",
+        metavar="SIZES",
+        need="sizes with a unit: 8x24GiB, or 24GiB,48GiB",
+    )
+    cpu: Sizes = setting((), "Instead of GPUs: memory for training on the CPU.", metavar="SIZE", need="a size: 64GiB")
+    parallel: Literal["split", "ddp", "fsdp", "auto"] = setting(
+        "split",
+        "How several GPUs share the work: layers over devices (split), a whole copy on each (ddp), a share of all "
+        "weights on each (fsdp), or the first of ddp, fsdp and split that fits (auto).",
+    )
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        if self.cpu and (self.gpus or len(self.cpu) > 1):
+            raise ValueError(
+                "found --gpus beside --cpu, or several sizes for one CPU; need either: nothing is offloaded"
+            )
+        return self
+
+
+class PlannedBatchSection(Section):
+    title = "Batch and length"
+    block_size: Annotated[int, Field(ge=8, le=65_536)] | Literal["auto"] = setting(
+        2048,
+        "Tokens in a block. auto: the most that fits.",
+        metavar="N|auto",
+        need="a whole number from 8 to 65536, or auto",
+    )
+    batch_size: Annotated[int, Field(ge=1, le=65_536)] | Literal["auto"] = setting(
+        1,
+        "Blocks in a micro-step. auto: the most that fits.",
+        metavar="N|auto",
+        need="a whole number from 1 to 65536, or auto",
+    )
+    gradient_accumulation_steps: int = setting(1, "Micro-steps in an optimizer step.", ge=1)
+    gradient_checkpointing: bool = setting(True, "Recompute activations in the backward pass.")
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether gradients are kept from one micro-step to the next."""
+        return self.gradient_accumulation_steps > 1
+
+
+class PlanSection(Section):
+    title = "Output"
+    output: PathSetting | None = setting(
+        None, "File to write the plan to, for `lorakit train --plan`.", metavar="FILE", decides_result=False
+    )
+    compare: bool = setting(False, "Show every way of sharing the work with every kind of base.", decides_result=False)
 
 
 class AdapterSection(Section):
@@ -603,6 +707,14 @@ class ChatConfig(StepConfig):
 class EvaluateConfig(StepConfig):
     model: AnyModelSection
     data: EvaluationDataSection
+
+
+class PlanDevicesConfig(StepConfig):
+    model: PlannedModelSection
+    devices: DevicesSection
+    lora: LoraSection
+    batch: PlannedBatchSection
+    plan: PlanSection
 
 
 class DemoConfig(StepConfig):

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import importlib.metadata
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -50,6 +51,13 @@ def patched_transformers() -> str | None:
     )
 
 
+def let_gpu_memory_grow() -> None:
+    """Have torch grow its pieces of GPU memory instead of rounding large ones up, unless the user says otherwise: what
+    is allocated is then what was asked for, and less lies idle. Before torch's first allocation on a GPU."""
+    if "PYTORCH_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
+
 def cache_folder() -> Path:
     """Where everything cached lies: `$LORAKIT_CACHE`, else the platform's cache folder."""
     if own := os.environ.get("LORAKIT_CACHE"):
@@ -57,3 +65,22 @@ def cache_folder() -> Path:
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Caches" / "lorakit"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "lorakit"
+
+
+def free_gpu_bytes() -> list[int]:
+    """The free memory of each NVIDIA GPU, as its driver says; none where there is no driver. No torch."""
+    command = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
+        return [int(line) * 2**20 for line in answer.split()]
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return []
+
+
+def free_ram_bytes() -> int:
+    """The memory that a new process may take without swapping; where only the whole is known, that."""
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,6 +1,6 @@
 """A model and blocks → loss over the trained tokens, and perplexity.
 
-Shapes by suffix: B blocks, T tokens of a block, N trained tokens, V vocabulary.
+Shapes by suffix: B blocks, T tokens of a block, N trained tokens, C those of a chunk, H hidden size, V vocabulary.
 """
 
 import math
@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
 
 from lorakit.core.attention import apply
 from lorakit.core.blocks import VALIDATION, Batch, Blocks
@@ -19,7 +21,10 @@ from lorakit.core.config import EvaluateConfig
 from lorakit.core.errors import NonFinite
 from lorakit.core.events import Notice, Progress, Report
 from lorakit.core.implementations import BY_LENGTHS
+from lorakit.core.memory import LOSS_TOKENS
 from lorakit.core.model import open_model, require_vocabulary
+
+_CHANGES_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale")  # what some models do after the head
 
 
 @dataclass(frozen=True)
@@ -33,32 +38,40 @@ class Evaluation:
     base_perplexity: float | None
 
 
-def loss_sum(model: Any, batch: Batch) -> Tensor:
+def loss_sum(model: Any, batch: Batch, chunk_tokens: int = LOSS_TOKENS) -> Tensor:
     """Cross-entropy summed over the trained tokens of a batch, in nats, as an fp32 scalar.
 
     Token t is predicted from t-1 of its own document: positions restart at each document and no attention mask is
-    passed, which is how transformers keeps packed documents apart. Logits are computed only where a token is trained.
+    passed, which is how transformers keeps packed documents apart. Logits exist only where a token is trained, for
+    `chunk_tokens` of them at a time, and are computed again in the backward pass.
     """
     device = model.get_input_embeddings().weight.device
-    trained_BT = torch.from_numpy(batch.trained_BT).to(device)
+    predicting_BT = torch.from_numpy(batch.trained_BT[:, 1:]).to(device)
     ids_BT = torch.from_numpy(batch.ids_BT).to(device)
-    predicting_BT = trained_BT[:, 1:]
-    columns = predicting_BT.any(dim=0).nonzero().squeeze(1)
+    positions_BT = torch.from_numpy(batch.positions_BT).to(device)
+    whole = model.get_base_model() if isinstance(model, PeftModel) else model
     lengths: dict[str, Any] = {}
-    if model.config._attn_implementation in BY_LENGTHS:
+    if whole.config._attn_implementation in BY_LENGTHS:
         ends = torch.from_numpy(batch.ends).to(device)
         lengths = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends}
         lengths |= {"max_length_q": batch.longest, "max_length_k": batch.longest}
-    output = model(
-        input_ids=ids_BT,
-        position_ids=torch.from_numpy(batch.positions_BT).to(device),
-        use_cache=False,
-        logits_to_keep=columns,
-        **lengths,
-    )
-    chosen = predicting_BT[:, columns]
-    logits_NV = output.logits[chosen].float()
-    return cross_entropy(logits_NV, ids_BT[:, 1:][:, columns][chosen], reduction="sum")
+    inputs = {"input_ids": ids_BT, "position_ids": positions_BT, "use_cache": False, **lengths}
+    if any(getattr(whole.config, field, None) for field in _CHANGES_LOGITS):
+        logits_BTV = model(**inputs).logits
+        return cross_entropy(logits_BTV[:, :-1][predicting_BT].float(), ids_BT[:, 1:][predicting_BT], reduction="sum")
+    output = whole.base_model(**inputs)
+    hidden_NH = output.last_hidden_state[:, :-1][predicting_BT]
+    targets_N = ids_BT[:, 1:][predicting_BT].to(hidden_NH.device)
+    del output
+    losses = [
+        checkpoint(_chunk_loss, whole.get_output_embeddings(), hidden_CH, targets_C, use_reentrant=False)
+        for hidden_CH, targets_C in zip(hidden_NH.split(chunk_tokens), targets_N.split(chunk_tokens), strict=True)
+    ]
+    return torch.stack(losses).sum()
+
+
+def _chunk_loss(head: Any, hidden_CH: Tensor, targets_C: Tensor) -> Tensor:
+    return cross_entropy(head(hidden_CH).float(), targets_C, reduction="sum")
 
 
 def evaluate(config: EvaluateConfig, report: Report) -> Evaluation:

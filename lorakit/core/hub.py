@@ -35,24 +35,15 @@ def model_folder(name: str, timeout_seconds: float = 10.0) -> Path:
 
     Raises InputRefused where `name` is neither, HubFailed where the Hub can't be reached or refuses.
     """
-    return _model_files(name, _FILES, timeout_seconds)
+    return _model(name, _FILES, timeout_seconds)
 
 
 def config_folder(name: str, timeout_seconds: float = 10.0) -> Path:
-    """The folder of a model of which only config.json is wanted: of a hub id nothing else is downloaded.
+    """The folder that holds a model's config.json: of a hub id nothing else is downloaded.
 
     Raises InputRefused where `name` is neither, HubFailed where the Hub can't be reached or refuses.
     """
-    return _model_files(name, ["config.json"], timeout_seconds)
-
-
-def _model_files(name: str, patterns: Iterable[str], timeout_seconds: float) -> Path:
-    if os.path.isdir(name):
-        return Path(name)
-    if os.path.exists(name) or not _HUB_ID.fullmatch(name) or len(name) > _MAX_HUB_ID:
-        found = "a file" if os.path.exists(name) else "no such folder"
-        raise InputRefused(f"{name}: found {found}, need a model folder or a hub id (owner/name)", "check the path")
-    return _snapshot(name, "model", "main", patterns, timeout_seconds)
+    return _model(name, ["config.json"], timeout_seconds)
 
 
 def dataset_snapshot(name: str, revision: str | None, timeout_seconds: float = 10.0) -> tuple[Path, str]:
@@ -69,6 +60,15 @@ def dataset_snapshot(name: str, revision: str | None, timeout_seconds: float = 1
     patterns = ["README.md", *(f"*{suffix}{packing}" for suffix in DATA_KINDS for packing in ("", *PACKINGS))]
     folder = _snapshot(name, "dataset", revision or "main", patterns, timeout_seconds)
     return folder, folder.name
+
+
+def _model(name: str, patterns: Iterable[str], timeout_seconds: float) -> Path:
+    if os.path.isdir(name):
+        return Path(name)
+    if os.path.exists(name) or not _HUB_ID.fullmatch(name) or len(name) > _MAX_HUB_ID:
+        found = "a file" if os.path.exists(name) else "no such folder"
+        raise InputRefused(f"{name}: found {found}, need a model folder or a hub id (owner/name)", "check the path")
+    return _snapshot(name, "model", "main", patterns, timeout_seconds)
 
 
 def _snapshot(name: str, what: str, revision: str, patterns: Iterable[str], timeout_seconds: float) -> Path:

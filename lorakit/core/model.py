@@ -2,6 +2,8 @@
 
 import hashlib
 import math
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,13 +11,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from lorakit.core.adapters import Adapter, match, open_adapter
 from lorakit.core.config import LoraSection
 from lorakit.core.errors import EnvironmentUnusable, InputRefused, first_line, is_out_of_memory
 from lorakit.core.events import Notice, Report
 from lorakit.core.hub import model_folder
+from lorakit.core.shapes import Module, Shape, refuse_experts
 from lorakit.core.tokenization import load_tokenizer, quiet_libraries
 from lorakit.core.weights import Weights, open_weights
 
@@ -49,8 +53,6 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def load_config(folder: Path) -> Any:
     """A model's config as transformers knows it. Raises InputRefused."""
-    from transformers import AutoConfig
-
     try:
         with quiet_libraries():
             return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -61,8 +63,70 @@ def load_config(folder: Path) -> Any:
         ) from None
 
 
-def load_base(weights: Weights, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """The base model, frozen and in evaluation mode. Raises InputRefused where transformers can't build it whole."""
+def meta_shape(name: str, config: Mapping[str, Any]) -> Shape:
+    """The shape of any causal language model that transformers itself lays out, on the meta device: no weights.
+
+    Raises InputRefused: a model that transformers doesn't know, a mixture of experts, no decoder layers.
+    """
+    refuse_experts(name, config)
+    family = str(config.get("model_type"))
+    try:
+        with quiet_libraries(), torch.device("meta"):
+            fields = {key: value for key, value in config.items() if key not in ("model_type", "auto_map")}
+            known = AutoConfig.for_model(family, **fields)
+            model = AutoModelForCausalLM.from_config(known, trust_remote_code=False)
+        text = model.config.get_text_config()
+        layers = next(key for key, found in model.named_modules() if isinstance(found, torch.nn.ModuleList))
+    except (ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, StopIteration) as error:
+        raise InputRefused(
+            f"{name}: found the model type {family!r}, which transformers can't lay out ({first_line(error)}); "
+            "need a decoder-only language model",
+            "choose a model of the Llama family; code that comes with a model is never run",
+        ) from None
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    heads = int(text.num_attention_heads)
+    return Shape(
+        name=name,
+        model_type=family,
+        hidden_size=int(text.hidden_size),
+        intermediate_size=int(getattr(text, "intermediate_size", None) or 4 * text.hidden_size),
+        num_layers=len(model.get_submodule(layers)),
+        num_heads=heads,
+        num_kv_heads=int(getattr(text, "num_key_value_heads", None) or heads),
+        head_dim=int(getattr(text, "head_dim", None) or text.hidden_size // heads),
+        vocab_size=int(embedding.weight.shape[0]),
+        tied=head.weight is embedding.weight,
+        head=next(key for key, module in model.named_modules() if module is head),
+        modules=tuple(_meta_modules(model, layers)),
+        known=False,
+    )
+
+
+def _meta_modules(model: PreTrainedModel, layers: str) -> Iterator[Module]:
+    """Every module that holds parameters or buffers of its own, in order."""
+    for name, module in model.named_modules():
+        inside = re.match(rf"{re.escape(layers)}\.(\d+)\.", name)
+        layer = int(inside[1]) if inside else None
+        own = dict(module.named_parameters(recurse=False))
+        weight, bias = own.pop("weight", None), own.pop("bias", None) is not None
+        if isinstance(module, torch.nn.Embedding):
+            yield Module(name, "embedding", module.num_embeddings, module.embedding_dim, layer=layer)
+        elif isinstance(module, torch.nn.Linear):
+            yield Module(name, "linear", module.out_features, module.in_features, bias, layer)
+        elif weight is not None or own:
+            elements = sum(found.numel() for found in (weight, *own.values()) if found is not None)
+            yield Module(name, "norm", elements, bias=bias, layer=layer)
+        elif next(module.buffers(recurse=False), None) is not None:
+            elements = sum(found.numel() for found in module.buffers(recurse=False))
+            yield Module(name, "buffer", elements, layer=layer)
+
+
+def load_base(weights: Weights, dtype: torch.dtype, device: torch.device, quantize: str = "none") -> PreTrainedModel:
+    """The base model, frozen and in evaluation mode, its linear layers quantized while they are loaded.
+
+    Raises InputRefused where transformers can't build it whole.
+    """
+    quantization = _quantization(quantize, dtype)
     try:
         with quiet_libraries():
             model, loaded = AutoModelForCausalLM.from_pretrained(
@@ -73,6 +137,8 @@ def load_base(weights: Weights, dtype: torch.dtype, device: torch.device) -> Pre
                 use_safetensors=True,
                 trust_remote_code=False,
                 output_loading_info=True,
+                quantization_config=quantization,
+                device_map={"": device} if quantization else None,
             )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, StrictDataclassError) as error:
         if is_out_of_memory(error):
@@ -90,7 +156,22 @@ def load_base(weights: Weights, dtype: torch.dtype, device: torch.device) -> Pre
         )
     model.requires_grad_(False)
     model.config.use_cache = False
-    return model.to(device).eval()
+    return (model if quantization else model.to(device)).eval()
+
+
+def _quantization(quantize: str, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """What `--quantize` means to bitsandbytes; embeddings, norms and the head keep the base's number type, which peft's
+    `prepare_model_for_kbit_training` would double to fp32 for nothing."""
+    if quantize == "none":
+        return None
+    if quantize == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantize,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
 
 
 def add_lora(base: PreTrainedModel, lora: LoraSection, seed: int, base_name: str) -> PeftModel:
@@ -125,10 +206,23 @@ def add_lora(base: PreTrainedModel, lora: LoraSection, seed: int, base_name: str
 
 
 def checkpoint_activations(model: PeftModel) -> None:
-    """Keep only each layer's input and compute the rest again in the backward pass (Chen et al. 2016)."""
+    """Keep only each layer's input and compute the rest again in the backward pass (Chen et al. 2016).
+
+    Over bitsandbytes' int8 by the reentrant kind: MatMul8bitLt keeps each input as an attribute, which the other kind,
+    made of hooks on saved tensors, can't drop, so that nothing would be freed.
+    """
+    reentrant = bool(getattr(model.get_base_model(), "is_loaded_in_8bit", False))
     with quiet_libraries():  # the newest transformers warns that it will rename this, the oldest knows no other name
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
         model.enable_input_require_grads()
+
+
+def leave_casts_to_autocast(model: PeftModel) -> None:
+    """Keep PEFT from casting what LoRA reads to the adapter's fp32, which autocast then casts back: a copy of every
+    linear layer's input that lives until the backward pass."""
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.cast_input_dtype_enabled = False
 
 
 def lora_parameters(model: PeftModel) -> dict[str, torch.nn.Parameter]:

@@ -33,6 +33,7 @@ from lorakit.core.artifacts import Artifact
 from lorakit.core.attention import apply
 from lorakit.core.blocks import Blocks
 from lorakit.core.config import TrainConfig
+from lorakit.core.environment import let_gpu_memory_grow
 from lorakit.core.errors import ArtifactDamaged, Mismatch, NonFinite, OutOfMemory, Stopped, first_line, is_out_of_memory
 from lorakit.core.evaluation import loss_sum
 from lorakit.core.events import Notice, Progress, Report
@@ -40,6 +41,7 @@ from lorakit.core.hub import model_folder
 from lorakit.core.model import (
     add_lora,
     checkpoint_activations,
+    leave_casts_to_autocast,
     load_base,
     lora_parameters,
     pick_device,
@@ -129,6 +131,7 @@ def train(
     Raises InputRefused, Mismatch (other data, base or settings than this folder's), ArtifactDamaged, Busy, DiskFailed,
     NonFinite, OutOfMemory, HubFailed, and Stopped after a signal, with the last step saved.
     """
+    let_gpu_memory_grow()
     overwrite = config.output.overwrite
     beside = target.resolve().with_name(f"{target.resolve().name}.new")
     with artifacts.lock(target), artifacts.lock(beside) if overwrite else nullcontext():
@@ -193,7 +196,7 @@ class _Run:
                 f"need those of {config.model.model}",
                 f"`lorakit prepare … --tokenizer {config.model.model}`",
             )
-        base = load_base(weights, dtype, self.device)
+        base = load_base(weights, dtype, self.device, config.model.quantize)
         attention = str(checkpoint.facts["attention"]) if checkpoint is not None else config.model.attention
         self.state.attention = apply(base, attention, report)
         report(Notice(f"attention: {self.state.attention}"))
@@ -203,6 +206,8 @@ class _Run:
             self.tokenizer.chat_template = blocks.template  # whoever talks with the adapter asks as it was trained
         if batch.gradient_checkpointing:
             checkpoint_activations(self.model)
+        if dtype is not torch.float32:
+            leave_casts_to_autocast(self.model)
         self.model.train()
         self.scaled = dtype is torch.float16
         self.autocast: AbstractContextManager[Any] = (
@@ -215,6 +220,7 @@ class _Run:
             betas=_BETAS,
             eps=_EPSILON,
             weight_decay=config.optimizer.weight_decay,
+            fused=self.device.type == "cuda",  # without: another fp32 copy of the adapter in every step
         )
         self.rate_at = _learning_rates(config, self.optimizer, self.schedule.steps)
         adapter_bytes = sum(parameter.numel() * 4 for parameter in self.parameters.values())

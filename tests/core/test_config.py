@@ -15,6 +15,7 @@ from lorakit.core.config import (
     EvaluateConfig,
     MergeConfig,
     PatchAttentionConfig,
+    PlanDevicesConfig,
     PrepareConfig,
     StepConfig,
     TrainConfig,
@@ -26,6 +27,7 @@ from lorakit.options import read_settings
 
 NEEDED: Mapping[type[StepConfig], dict[str, object]] = {
     PrepareConfig: {"dataset": "/d/rows.jsonl", "tokenizer": "owner/name"},
+    PlanDevicesConfig: {"model": "llama-7b"},
     TrainConfig: {"model": "owner/name", "blocks": "/d/blocks"},
     PatchAttentionConfig: {"model": "owner/name"},
     MergeConfig: {"adapter": "owner/adapter"},
@@ -37,6 +39,7 @@ NEEDED: Mapping[type[StepConfig], dict[str, object]] = {
 
 EVERY = {
     PrepareConfig: {"block_size": 64, "long": "drop", "pack": "none", "output": "out", "overwrite": True},
+    PlanDevicesConfig: {"gpus": "2x24GiB,48GB", "batch_size": "auto", "block_size": 512, "parallel": "auto"},
     TrainConfig: {"rank": 3, "target_modules": ("q_proj", "v_proj"), "batch_size": 2, "effective_batch_size": 6},
     PatchAttentionConfig: {"block_size": 128, "apply": True, "implementation": "sdpa", "apply_to": "/d/model"},
     MergeConfig: {"base": "owner/base", "output": "/d/merged"},
@@ -117,6 +120,7 @@ def test_an_option_that_wins_over_the_file_is_the_origin() -> None:
     ("config_class", "lacking"),
     [
         (PrepareConfig, ["DATASET: found nothing", "--tokenizer: found nothing"]),
+        (PlanDevicesConfig, ["MODEL: found nothing"]),
         (TrainConfig, ["--model: found nothing"]),
         (MergeConfig, ["ADAPTER: found nothing"]),
         (ChatConfig, ["MODEL: found nothing"]),
@@ -150,6 +154,37 @@ def test_another_commands_setting_is_unknown_here() -> None:
 # Values
 
 
+@pytest.mark.parametrize(
+    ("typed", "sizes"),
+    [
+        ("24GiB", [24 * 2**30]),
+        ("2x24GiB, 48GB", [24 * 2**30, 24 * 2**30, 48 * 10**9]),
+        ("1 x 1.5TiB", [3 * 2**39]),
+        ([1000, 2000], [1000, 2000]),
+        ("512MiB,1MB,3KiB,1TB", [2**29, 10**6, 3 * 2**10, 10**12]),
+    ],
+)
+def test_sizes_of_devices_are_bytes(typed: object, sizes: list[int]) -> None:
+    found = PlanDevicesConfig.resolve((None, {"model": "m", "gpus": typed}))
+    assert list(found.devices.gpus) == sizes
+    assert PlanDevicesConfig.resolve(("lorakit.yaml", found.flat())) == found
+
+
+@pytest.mark.parametrize(
+    "typed", ["24", "0GiB", "-24GiB", "0x24GiB", "24 gigs", "8x", "24GiB,", ",", "24GiB 48GiB", [0], [-5], "0.0GiB", 24]
+)
+def test_what_isnt_a_size_with_its_unit_is_refused(typed: object) -> None:
+    error = refused(PlanDevicesConfig, (None, {"model": "m", "gpus": typed}))
+    assert error.message.startswith(f"--gpus: found {typed!r}, need sizes with a unit: 8x24GiB, or 24GiB,48GiB") or (
+        isinstance(typed, list) and error.message.startswith("--gpus: found ")
+    )
+
+
+def test_one_kind_of_device_is_planned_for() -> None:
+    for values in ({"gpus": "24GiB", "cpu": "8GiB"}, {"cpu": "8GiB,8GiB"}):
+        assert "nothing is offloaded" in refused(PlanDevicesConfig, (None, {"model": "m", **values})).message
+
+
 @by_name
 def test_true_is_not_a_number(config_class: type[StepConfig]) -> None:
     for name, knob in config_class.settings().items():
@@ -174,6 +209,12 @@ BOUNDS: list[tuple[type[StepConfig], str, list[object], list[object]]] = [
     (PrepareConfig, "num_workers", [1], [0]),
     (PrepareConfig, "preview", [0, 3], [-1]),
     (PrepareConfig, "seed", [0, 2**63 - 1], [-1, 2**64]),
+    (PlanDevicesConfig, "rank", [1], [0, -1]),
+    (PlanDevicesConfig, "lora_alpha", [1e-9], [0, -1]),
+    (PlanDevicesConfig, "lora_dropout", [0, 0.99], [-0.01, 1]),
+    (PlanDevicesConfig, "block_size", [8, 65536, "auto"], [7, 65537, "most"]),
+    (PlanDevicesConfig, "batch_size", [1, "auto"], [0, -1, 1.5]),
+    (PlanDevicesConfig, "gradient_accumulation_steps", [1], [0]),
     (TrainConfig, "rank", [1], [0, -1]),
     (TrainConfig, "lora_alpha", [1e-9], [0, -1]),
     (TrainConfig, "lora_dropout", [0, 0.99], [-0.01, 1]),

@@ -1,11 +1,12 @@
 """The cache folder: lorakit's own variable first, then the platform's habit."""
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
 
-from lorakit.core.environment import cache_folder, patched_transformers
+from lorakit.core.environment import cache_folder, let_gpu_memory_grow, patched_transformers
 
 
 @pytest.fixture(autouse=True)
@@ -49,6 +50,23 @@ def test_a_mac_keeps_the_cache_in_its_library(monkeypatch: pytest.MonkeyPatch, t
 def test_asking_makes_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "new"))
     assert not cache_folder().exists()
+
+
+def test_torchs_gpu_memory_grows_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "backend:native")
+    let_gpu_memory_grow()
+    assert "PYTORCH_CUDA_ALLOC_CONF" not in os.environ
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF")
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "")
+    let_gpu_memory_grow()
+    assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == ""
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
+    let_gpu_memory_grow()
+    assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "")  # so that what was set here is taken back
 
 
 # A transformers that was edited by hand

@@ -101,29 +101,58 @@ def test_a_label_counts_exactly_where_it_is_trained(model: Any, position: int, m
 
 
 def test_prompt_and_padding_have_no_gradient_of_their_own(model: Any, blocks_folder: Path) -> None:
-    """The loss pulls on exactly the positions that predict a trained token, seen from outside through the logits."""
+    """The loss pulls on exactly the positions that predict a trained token, seen where the layers end."""
     blocks = Blocks(blocks_folder)
-    batch = blocks.batch([0])
     seen: dict[str, torch.Tensor] = {}
 
-    class Watched(torch.nn.Module):
-        config = model.config
+    def watch(_: Any, __: Any, hidden: torch.Tensor) -> None:
+        hidden.retain_grad()
+        seen["hidden"] = hidden
 
-        def get_input_embeddings(self) -> Any:
-            return model.get_input_embeddings()
-
-        def forward(self, logits_to_keep: torch.Tensor, **inputs: Any) -> Any:
-            output = model(**inputs)
-            output.logits.retain_grad()
-            seen["logits"] = output.logits
-            output.logits = output.logits[:, logits_to_keep]
-            return output
-
-    loss_sum(Watched(), batch).backward()
-    pulled = seen["logits"].grad[0].abs().sum(dim=-1) > 0  # type: ignore[union-attr]
+    hook = model.model.norm.register_forward_hook(watch)
+    loss_sum(model, blocks.batch([0])).backward()
+    hook.remove()
+    pulled = seen["hidden"].grad[0].abs().sum(dim=-1) > 0  # type: ignore[union-attr]
     _, trained, _ = blocks.arrays(0)
     expected = np.append(trained[1:].astype(bool), False)
     assert np.array_equal(pulled.numpy(), expected)
+
+
+def test_chunks_of_any_size_give_the_same_loss_and_gradients(model: Any) -> None:
+    """And no more logits exist at once than those of a chunk."""
+    batch = make_batch([40, 24], 64)
+    weight, rows = model.model.layers[0].mlp.up_proj.weight, []
+    hook = model.lm_head.register_forward_hook(lambda _, __, logits: rows.append(len(logits)))
+    found = []
+    for chunk_tokens in (1000, 7, 1):
+        rows.clear()
+        model.zero_grad()
+        loss = loss_sum(model, batch, chunk_tokens)
+        loss.backward()
+        found.append((loss.item(), weight.grad.clone()))
+        assert max(rows) == min(chunk_tokens, batch.trained_tokens)
+    hook.remove()
+    model.zero_grad()
+    for loss_of_chunks, gradient in found[1:]:
+        assert loss_of_chunks == pytest.approx(found[0][0], rel=1e-6)
+        torch.testing.assert_close(gradient, found[0][1])
+
+
+def test_a_model_that_changes_its_logits_after_the_head_keeps_its_own_loss() -> None:
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    sizes = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "head_dim": 8}
+    torch.manual_seed(0)
+    config = Gemma2Config(**sizes, num_attention_heads=4, num_key_value_heads=2, final_logit_softcapping=0.5)
+    capped = Gemma2ForCausalLM(config).eval()
+    capped.lm_head.weight.data *= 20
+    batch = make_batch([64], 64)
+    ids = torch.from_numpy(batch.ids_BT)
+    labels = torch.where(torch.from_numpy(batch.trained_BT), ids, -100)
+    own = capped(input_ids=ids, labels=labels).loss.item() * batch.trained_tokens
+    assert loss_sum(capped, batch).item() == pytest.approx(own, rel=1e-5)
+    capped.config.final_logit_softcapping = None
+    assert loss_sum(capped, batch).item() != pytest.approx(own, rel=1e-3)
 
 
 def test_a_batch_without_trained_tokens_loses_nothing(model: Any) -> None:

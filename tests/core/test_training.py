@@ -15,8 +15,13 @@ import torch
 
 from lorakit.core import training
 from lorakit.core.blocks import Blocks
+from lorakit.core.config import LoraSection
+from lorakit.core.evaluation import loss_sum
+from lorakit.core.model import add_lora, checkpoint_activations, load_base
 from lorakit.core.training import Schedule
+from lorakit.core.weights import open_weights
 from tests.conftest import Ran, make_llama
+from tests.live import LiveBytes
 
 Cli = Callable[..., Ran]
 
@@ -388,3 +393,70 @@ def test_a_gated_or_odd_model_is_refused_before_training(
     assert ran.code == 3
     assert "whose weight is the embedding's too" in ran.err
     assert train("run2", "--max-steps", 1, "--target-modules", "lm_head").code == 0
+
+
+# A quantized base
+
+
+@pytest.mark.parametrize("quantize", ["int8", "nf4", "fp4"])
+def test_a_quantized_base_is_bitsandbytes_own(
+    quantize: str, train: Callable[..., Ran], tiny_llama: Path, blocks: Path
+) -> None:
+    """The first loss, before LoRA has changed anything, is that of transformers' own quantized model."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    four_bits = {"load_in_4bit": True, "bnb_4bit_quant_type": quantize, "bnb_4bit_use_double_quant": True}
+    how = BitsAndBytesConfig(**({"load_in_8bit": True} if quantize == "int8" else four_bits))
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, quantization_config=how, device_map={"": "cpu"})
+    opened = Blocks(blocks)
+    batch = opened.batch(Schedule(len(opened), 2, 2, 0).blocks_of_step(0))
+    model.train()  # bitsandbytes computes otherwise where nothing is trained
+    expected = loss_sum(model, batch).item() / batch.trained_tokens
+    ran = train(quantize, "--quantize", quantize, "--batch-size", 2, "--max-steps", 1)
+    assert ran.json["first_loss"] == pytest.approx(expected, rel=1e-5)
+    assert ran.json["first_loss"] != pytest.approx(
+        train("none", "--batch-size", 2, "--max-steps", 1).json["first_loss"]
+    )
+
+
+@pytest.mark.parametrize("quantize", ["int8", "nf4"])
+def test_over_a_quantized_base_the_loss_falls_and_a_stopped_run_goes_on_exactly(
+    quantize: str, train: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ("--quantize", quantize, "--max-steps", 12, "--save-steps", 5)
+    ran = train("whole", *command)
+    assert ran.json["last_loss"] < 0.95 * ran.json["first_loss"]
+    monkeypatch.setattr(training._Run, "_finish", lambda run: (_ for _ in ()).throw(KeyboardInterrupt))
+    shutil.copytree(tmp_path / "whole" / "checkpoints", tmp_path / "kept")
+    assert train("stopped", *command).code == 130
+    monkeypatch.undo()
+    shutil.rmtree(tmp_path / "stopped" / "checkpoints" / "step-00000012")
+    ran = train("stopped", *command)
+    assert ran.json["resumed_from"] == 10
+    assert adapter_bytes(tmp_path / "stopped") == adapter_bytes(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("quantize", ["none", "int8", "nf4"])
+def test_checkpointing_changes_no_loss(quantize: str, train: Callable[..., Ran], tmp_path: Path) -> None:
+    command = ("--quantize", quantize, "--max-steps", 5, "--lora-dropout", "0.1")
+    train("with", *command)
+    train("without", *command, "--no-gradient-checkpointing")
+    assert losses(tmp_path / "with") == pytest.approx(losses(tmp_path / "without"), rel=1e-6)
+
+
+@pytest.mark.parametrize("quantize", ["none", "int8", "nf4"])
+def test_checkpointing_leaves_each_layers_input_alone(quantize: str, tiny_llama: Path) -> None:
+    """Counted from outside: what is alive after a forward pass grows by one hidden state a layer, with LLM.int8 too."""
+    base = load_base(open_weights(tiny_llama), torch.float32, torch.device("cpu"), quantize)
+    model = add_lora(base, LoraSection(), 0, "tiny")
+    checkpoint_activations(model)
+    model.train()
+    ids, all_layers = torch.zeros(2, 64, dtype=torch.int64), base.model.layers
+    alive = []
+    for layers in (1, 2):
+        base.model.layers = all_layers[:layers]
+        with LiveBytes() as counted:
+            hidden = base.model(input_ids=ids, use_cache=False).last_hidden_state
+            alive.append(counted.live)
+        del hidden
+    assert alive[1] - alive[0] == ids.numel() * base.config.hidden_size * 4

@@ -1,0 +1,60 @@
+"""`lorakit plan-devices`: a model's name + devices + settings → whether a run fits, on which devices, or what would."""
+
+from typing import TYPE_CHECKING
+
+from lorakit.console import Console
+from lorakit.core.errors import OutOfMemory
+
+if TYPE_CHECKING:
+    from lorakit.core.config import PlanDevicesConfig
+    from lorakit.core.placement import Load, Plan
+
+
+def run(config: "PlanDevicesConfig", console: Console) -> None:
+    """Say before a run whether it fits, on which devices, and what to change where it doesn't. No weights are needed.
+
+    Example: lorakit plan-devices llama-65b --gpus 8x24GiB --quantize int8 --block-size 600 --batch-size 2
+    """
+    from lorakit.core.planning import plan_devices
+
+    planned = plan_devices(config, console.report)
+    plan, work = planned.plan, planned.plan.work
+    base = work.dtype if work.quantize == "none" else work.quantize
+    console.say(
+        f"{plan.shape.name}: {plan.shape.parameters / 1e9:.2f} B parameters, {base} base, rank {work.rank}, "
+        f"{work.batch_size} × {work.block_size:,} tokens, {plan.parallel}"
+    )
+    console.bars([(load.name, _parts(load), f"{_gib(load):>12}") for load in plan.loads])
+    console.say("w weights, L LoRA with gradients and optimizer, a activations and loss, c CUDA and allocator")
+    if planned.compared:
+        header = ["strategy", "base", "fits", "fullest device", "", "on H200s"]
+        console.table("compared:", header, [_row(other) for other in planned.compared])
+    fullest = max(plan.loads, key=lambda load: load.share)
+    console.say(f"{'It fits' if plan.fits else 'It does not fit'}: {fullest.name} needs {_gib(fullest)}.")
+    for change in planned.suggestions:
+        console.say(f"With {change.option} it would: {change.change}, {change.plan.peak_bytes / 2**30:.1f} GiB.")
+    facts = {**plan.as_json(), "suggestions": [change.as_json() for change in planned.suggestions]}
+    console.result(facts | ({"compared": [other.as_json() for other in planned.compared]} if planned.compared else {}))
+    if not plan.fits:
+        hint = (
+            f"add {planned.suggestions[0].option}"
+            if planned.suggestions
+            else "no single change is enough: combine some"
+        )
+        raise OutOfMemory(f"{plan.shape.name}: found a need of {_gib(fullest)} on {fullest.name}, need more", hint)
+    console.hint(f"lorakit train --model {config.model.model} --blocks DIR --plan {config.plan.output or 'FILE'}")
+
+
+def _gib(load: "Load") -> str:
+    return f"{load.bytes.total / 2**30:.1f} of {load.budget_bytes / 2**30:.1f} GiB"
+
+
+def _parts(load: "Load") -> dict[str, float]:
+    b = load.bytes
+    sizes = b.weights, b.lora + b.gradients + b.optimizer, b.activations + b.loss, b.workspace + b.context + b.slack
+    return {name: size / load.budget_bytes for name, size in zip(("w", "L", "a", "c"), sizes, strict=True)}
+
+
+def _row(plan: "Plan") -> list[str]:
+    fits, speed = "yes" if plan.fits else "no", f"≈ {plan.tokens_per_second:,.0f} tokens/s"
+    return [plan.parallel, plan.work.quantize, fits, f"{plan.peak_bytes / 2**30:.1f} GiB", f"{plan.share:.0%}", speed]

@@ -1,0 +1,407 @@
+"""How many bytes a training step takes, cause by cause, from a shape and the settings of `train`. No torch.
+
+What is counted is what `train` does: transformers' model with PEFT's LoRA in fp32 under autocast, logits in chunks
+(evaluation.py), fused AdamW, and no weight gradient for the base. Nothing is fitted to a configuration. Weights follow
+bitsandbytes' formats; activations are what autograd keeps for each operation of a decoder layer, which the tests hold
+against autograd's own saved tensors and against the live tensors of real steps, byte for byte.
+
+Symbols, per token: h hidden, i intermediate, q and kv the widths of queries and keys, d of one head, a heads, r rank,
+V vocabulary, e bytes of a number of the residual stream; T tokens of a micro-step, P LoRA parameters.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, NamedTuple
+
+from lorakit.core.config import PlanDevicesConfig, TrainConfig
+from lorakit.core.shapes import Module, Shape
+
+LOSS_TOKENS = 256
+"""Trained tokens whose logits exist at once: of a vocabulary of 128,256 they and what the loss makes of them take
+0.4 GB, where those of 2,048 tokens take 3."""
+
+CONTEXT_BYTES = 600 * 2**20
+"""What CUDA and its kernels take on a card before the first tensor, outside of torch's allocator."""
+
+SLACK_SHARE = 0.03
+"""Share of what comes and goes that torch's allocator holds in pieces too small to use."""
+
+_ROUNDING = 512  # bytes, of every allocation: kMinBlockSize of torch's CUDACachingAllocator
+_CUBLAS_BYTES = 2 * 32 * 2**20  # a workspace for the forward and for the backward thread; 32 MiB on Hopper (CUDABlas)
+_ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj")
+_MLP_INPUTS = ("gate_proj", "up_proj")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The settings that decide what a step takes. `dtype` is resolved: no auto."""
+
+    dtype: Literal["bf16", "fp16", "fp32"]
+    quantize: Literal["none", "int8", "nf4", "fp4"]
+    rank: int
+    target_modules: tuple[str, ...]
+    lora_dropout: float
+    block_size: int
+    batch_size: int
+    accumulates: bool
+    gradient_checkpointing: bool
+    attention: Literal["varlen", "sdpa"] = "varlen"
+    loss_tokens: int = LOSS_TOKENS
+
+    @classmethod
+    def of(
+        cls,
+        config: TrainConfig | PlanDevicesConfig,
+        dtype: Literal["bf16", "fp16", "fp32"],
+        block_size: int,
+        batch_size: int,
+    ) -> "Workload":
+        """What `config` asks for, with what it may leave open: the number type, the block and the batch."""
+        return cls(
+            dtype=dtype,
+            quantize=config.model.quantize,
+            rank=config.lora.rank,
+            target_modules=tuple(sorted(config.lora.target_modules)),
+            lora_dropout=config.lora.lora_dropout,
+            block_size=block_size,
+            batch_size=batch_size,
+            accumulates=config.batch.accumulates,
+            gradient_checkpointing=config.batch.gradient_checkpointing,
+        )
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a micro-step."""
+        return self.block_size * self.batch_size
+
+    @property
+    def trained_tokens(self) -> int:
+        """The most of them whose prediction can be trained: the first of a block has nothing before it."""
+        return (self.block_size - 1) * self.batch_size
+
+    @property
+    def element_bytes(self) -> int:
+        return 4 if self.dtype == "fp32" else 2
+
+
+class Part(NamedTuple):
+    """What one device holds of a model: decoder layers [first, end), and whether the embedding, the last norm and the
+    head (with the loss) lie there."""
+
+    first: int
+    end: int
+    embedding: bool
+    norm: bool
+    head: bool
+
+
+class Bytes(NamedTuple):
+    """One device at its fullest moment. `workspace` and what comes before it are what torch allocates; `context` and
+    `slack` lie outside."""
+
+    weights: int = 0
+    lora: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    activations: int = 0
+    loss: int = 0
+    workspace: int = 0
+    context: int = 0
+    slack: int = 0
+
+    @property
+    def allocated(self) -> int:
+        """What `torch.cuda.max_memory_allocated` measures."""
+        return self.total - self.context - self.slack
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
+def weight_bytes(module: Module, work: Workload, *, quantized: bool) -> int:
+    """A frozen module's tensors, each rounded up as torch allocates it.
+
+    int8: a byte an element, an fp32 scale a row (Dettmers et al. 2022, LLM.int8(); bitsandbytes Int8Params: CB, SCB).
+    nf4, fp4: half a byte an element, for each 64 of them a byte of scale, for each 256 of those an fp32 one, an offset,
+    and code tables of 16 and 256 fp32 numbers (Dettmers et al. 2023, QLoRA, double quantization; bitsandbytes
+    QuantState). The rest: the base's own number type.
+    """
+    if module.kind == "buffer":
+        return 2 * _rounded(4 * module.out_features)  # rotary frequencies, and as they were before rescaling
+    elements = module.weight_elements
+    bias = _rounded(work.element_bytes * module.out_features) if module.bias else 0
+    if not quantized or work.quantize == "none":
+        return _rounded(work.element_bytes * elements) + bias
+    if work.quantize == "int8":
+        return _rounded(elements) + _rounded(4 * module.out_features) + bias
+    scales = -(-elements // 64)
+    return sum(map(_rounded, (-(-elements // 2), scales, 4 * -(-scales // 256), 4, 4 * 16, 4 * 256))) + bias
+
+
+def is_quantized(module: Module, shape: Shape) -> bool:
+    """Whether --quantize changes a module: every linear layer but the head; embeddings and norms stay as they are."""
+    return module.kind == "linear" and module.name != shape.head
+
+
+def lora_parameters(modules: Iterable[Module], rank: int) -> int:
+    """A is [rank, in], B is [out, rank] (Hu et al. 2021)."""
+    return sum(rank * (module.in_features + module.out_features) for module in modules)
+
+
+def _rounded(size: int) -> int:
+    return -(-size // _ROUNDING) * _ROUNDING
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """Bytes of one decoder layer. `kept`: what autograd keeps from forward to backward. `moments`: those of its
+    backward pass (with checkpointing after a second forward pass) that can be its fullest, each as the gradients that
+    LoRA has by then, and all else."""
+
+    weights: int
+    parameters: int
+    kept: int
+    moments: list[tuple[int, int]]
+
+
+class StepMemory:
+    """What one training step of a shape takes on a device that holds some part of it."""
+
+    def __init__(self, shape: Shape, work: Workload) -> None:
+        """Raises InputRefused where a LoRA target matches no layer."""
+        self.shape, self.work = shape, work
+        self._targets: dict[int | None, list[Module]] = {}
+        for module in shape.targets(work.target_modules):
+            self._targets.setdefault(module.layer, []).append(module)
+        self._modules: dict[int | None, list[Module]] = {}
+        for module in shape.modules:
+            self._modules.setdefault(module.layer, []).append(module)
+        kinds: dict[tuple[object, ...], _Layer] = {}
+        self.layers = [self._layer(number, kinds) for number in range(shape.num_layers)]
+
+    def peak(self, part: Part, *, copies: int = 1, shards: int = 1) -> Bytes:
+        """A device at its fullest moment, as one of `copies` data-parallel ones or one of `shards` of FSDP.
+
+        The moments that can be the fullest: the loss, forward (logits in fp32 and their log-softmax, 8 bytes each, and
+        a 16-bit copy of all LoRA weights, which autocast keeps until it ends) and backward (log-softmax and two
+        gradients, 12 bytes); the last norm's backward pass; each layer's, where what lies below is still kept and the
+        gradients above are there; and the optimizer's step.
+        Data-parallel devices hold all gradients and as much again in buckets (torch's DistributedDataParallel); FSDP's
+        hold 1/shards of weights and states, and two layers whole, one computed and one fetched ahead (fully_shard).
+        """
+        layers = self.layers[part.first : part.end]
+        weights, parameters = self._outside(part)
+        weights += sum(layer.weights for layer in layers)
+        parameters += sum(layer.parameters for layer in layers)
+        if shards > 1:
+            largest = max((layer.weights for layer in self.layers), default=0)
+            weights = weights // shards + 2 * largest
+            parameters = -(-parameters // shards)
+        all_gradients = 4 * parameters
+        always = all_gradients * (2 if copies > 1 else 1) if self.work.accumulates or copies > 1 else 0
+        moments = [(always or all_gradients, 0, 0), *self._loss(part), *self._last_norm(part)]
+        moments = [(max(gradients, always), kept, loss) for gradients, kept, loss in moments]
+        moments += [(max(gradients // shards, always), kept, 0) for gradients, kept in self._backward(part)]
+        gradients, activations, loss = max(moments, key=sum)
+        return Bytes(
+            weights=weights,
+            lora=4 * parameters,
+            gradients=gradients,
+            optimizer=8 * parameters,
+            activations=activations,
+            loss=loss,
+            workspace=_CUBLAS_BYTES,
+            context=CONTEXT_BYTES,
+            slack=round(SLACK_SHARE * (activations + loss)),
+        )
+
+    def _outside(self, part: Part) -> tuple[int, int]:
+        """Weights and LoRA parameters of what a device holds outside of the decoder layers."""
+        weights = parameters = 0
+        for module in self._modules.get(None, ()):
+            of_head = module.name == self.shape.head
+            here = part.head if of_head else part.embedding if module.kind in ("embedding", "buffer") else part.norm
+            if here:
+                weights += 0 if of_head and self.shape.tied else self._weights(module)
+                parameters += lora_parameters([module], self.work.rank) * (module in self._targets.get(None, ()))
+        return weights, parameters
+
+    def _weights(self, module: Module) -> int:
+        return weight_bytes(module, self.work, quantized=is_quantized(module, self.shape))
+
+    @cached_property
+    def _shared(self) -> int:
+        """Kept for the whole step wherever there are layers: the cosines and sines of the rotary embedding, 2de. For
+        a second forward pass also the positions, 8, and for sdpa the mask of documents, a byte for each pair of tokens
+        of a block."""
+        again = 8 + (self.work.block_size if self.work.attention == "sdpa" else 0)
+        rotary = 2 * self.shape.head_dim * self.work.element_bytes
+        return self.work.tokens * (rotary + (again if self.work.gradient_checkpointing else 0))
+
+    def _kept_until(self, part: Part, end: int) -> int:
+        """What is kept of the layers [first, end): with checkpointing each one's input, eh."""
+        if not self.layers[part.first : part.end]:
+            return 0
+        if self.work.gradient_checkpointing:
+            boundary = self.work.tokens * self.work.element_bytes * self.shape.hidden_size
+            return self._shared + (end - part.first) * boundary
+        kept = sum(layer.kept for layer in self.layers[part.first : end])
+        return self._shared + kept - (self._not_kept_at_first if end > part.first == 0 else 0)
+
+    @cached_property
+    def _not_kept_at_first(self) -> int:
+        """Without checkpointing the embedding needs no gradient: the first norm keeps nothing, nor do the 16-bit copies
+        of A in q, k and v."""
+        copies = [m for m in self._targets.get(0, ()) if m.name.endswith(_ATTENTION_INPUTS)]
+        in_copies = sum(2 * self.work.rank * module.in_features for module in copies) if self._has_copies else 0
+        return self.work.tokens * (4 * self.shape.hidden_size + 4) + in_copies
+
+    @property
+    def _has_copies(self) -> bool:
+        return self.work.element_bytes == 2
+
+    def _loss(self, part: Part) -> list[tuple[int, int, int]]:
+        """(gradients, activations, loss) while the loss is computed, forward and backward: on the device of the head,
+        the last norm's fp32 input, the trained tokens' hidden states (and their gradients), and a chunk's logits."""
+        if not part.head:
+            return []
+        work, hidden = self.work, self.shape.hidden_size
+        norm = work.tokens * (4 * hidden + 4) if part.norm else 0
+        kept = self._kept_until(part, part.end) + norm
+        chunk = min(work.loss_tokens, work.trained_tokens)
+        states = work.trained_tokens * (work.element_bytes * hidden + 8)
+        logits = chunk * self.shape.vocab_size
+        parameters = sum(layer.parameters for layer in self.layers[part.first : part.end])
+        copies = 2 * parameters if self._has_copies and work.gradient_checkpointing else 0
+        other_chunks = (work.trained_tokens - chunk) * work.element_bytes * hidden
+        backward = states + other_chunks + 12 * logits
+        return [(0, kept + copies, states + 16 * work.tokens + 8 * logits), (0, kept, backward)]
+
+    def _last_norm(self, part: Part) -> list[tuple[int, int, int]]:
+        """(gradients, activations, loss) in the backward pass of the last norm."""
+        if not part.norm:
+            return []
+        return [(0, self._kept_until(part, part.end) + self.work.tokens * _norm_busiest(self.shape.hidden_size), 0)]
+
+    def _backward(self, part: Part) -> list[tuple[int, int]]:
+        """(gradients, activations) in the backward pass of each layer: 4P of the layers above, and its own so far."""
+        moments, above = [], 0
+        for number in range(part.end - 1, part.first - 1, -1):
+            layer = self.layers[number]
+            kept = self._kept_until(part, number + 1 if self.work.gradient_checkpointing else number)
+            moments += [(above + gradients, kept + activations) for gradients, activations in layer.moments]
+            above += 4 * layer.parameters
+        return moments
+
+    def _layer(self, number: int, kinds: dict[tuple[object, ...], _Layer]) -> _Layer:
+        targets = self._targets.get(number, [])
+        modules = self._modules.get(number, [])
+        kind = (len(targets), sum(module.parameters for module in modules), *(_leaf(module) for module in targets))
+        if kind not in kinds:
+            kinds[kind] = _Layer(
+                weights=sum(map(self._weights, modules)),
+                parameters=lora_parameters(targets, self.work.rank),
+                kept=_kept(self.shape, self.work, targets, all_of_it=True),
+                moments=_moments(self.shape, self.work, targets),
+            )
+        return kinds[kind]
+
+
+def _leaf(module: Module) -> str:
+    return module.name.rpartition(".")[2]
+
+
+def _is_early(module: Module) -> bool:
+    """Whether it belongs to attention, which comes first in a layer."""
+    return _leaf(module) in (*_ATTENTION_INPUTS, "o_proj")
+
+
+def _kept(shape: Shape, work: Workload, targets: list[Module], *, all_of_it: bool) -> int:
+    """What autograd keeps of one layer between its forward and its backward pass, each storage once, in bytes; without
+    `all_of_it`, as far as the end of its attention.
+
+    RMSNorm (two; of queries and keys too in Qwen3)   its input in fp32 and 1/rms     4h + 4
+    q, k, v and gate, up                              their input, where LoRA reads it  eh
+    attention   queries, keys, values, output, fp32 logsumexp (Dao 2023, FlashAttention-2)  e(2q + 2kv) + 4a
+                sdpa with a mask: keys and values of every head, and the mask in numbers    e(4q + block size) + 4a
+    SwiGLU                                            gate, silu(gate), up              3ei
+    down                                              its input, where LoRA reads it    ei
+    each LoRA module                                  A's output                        er
+                                                      and autocast's 16-bit copy        2P
+
+    A frozen linear layer keeps nothing: without a weight gradient its backward pass reads its weight only. LLM.int8
+    keeps every input (bitsandbytes MatMul8bitLt, ctx.tensors). Dropout makes LoRA keep a copy of its input, and a mask.
+    """
+    e, h, i = work.element_bytes, shape.hidden_size, shape.intermediate_size
+    q, kv, heads = shape.q_size, shape.kv_size, shape.num_heads
+    counted = targets if all_of_it else [module for module in targets if _is_early(module)]
+    norms = 4 * h + 4
+    if shape.qk_norms:
+        norms += 4 * (q + kv) + 4 * (heads + shape.num_kv_heads)
+    keys = 2 * kv if work.attention == "varlen" else 2 * q + work.block_size
+    attention = e * (2 * q + keys) + 4 * heads
+    inputs = _inputs_kept(h, work, targets, _ATTENTION_INPUTS)
+    swiglu = 0
+    if all_of_it:
+        norms += 4 * h + 4
+        inputs += _inputs_kept(h, work, targets, _MLP_INPUTS) + _inputs_kept(i, work, targets, ("down_proj",))
+        swiglu = 3 * e * i
+    if work.lora_dropout > 0:
+        inputs += sum(module.in_features * (e + 1) for module in counted)
+    copies = 2 * lora_parameters(counted, work.rank) if e == 2 else 0
+    return work.tokens * (norms + attention + inputs + swiglu + len(counted) * e * work.rank) + copies
+
+
+def _inputs_kept(size: int, work: Workload, targets: list[Module], leaves: tuple[str, ...]) -> int:
+    """Bytes a token of one input that several linear layers share."""
+    read = work.lora_dropout == 0 and any(_leaf(module) in leaves for module in targets)
+    return work.element_bytes * size if read or work.quantize == "int8" else 0
+
+
+def _norm_busiest(size: int) -> int:
+    """Bytes a token in RMSNorm's backward pass: what it kept (4h + 4), and in fp32 the gradients through its two
+    factors, of the mean square, the power of its input, that times two, and their product."""
+    return 4 * size + 4 + 5 * 4 * size
+
+
+def _moments(shape: Shape, work: Workload, targets: list[Module]) -> list[tuple[int, int]]:
+    """(LoRA's gradients, all else) at each moment of a layer's backward pass that can be its fullest:
+
+    down_proj: the layer's gradient eh; its input's gradient through LoRA, ei; then through the base, ei, for which
+    bitsandbytes makes the whole matrix in 16 bits (MatMul4Bit and MatMul8bitLt, backward); then their sum, ei. What it
+    kept is gone by then, except LLM.int8's input. SwiGLU's product takes as much next: its gradient and its factors'.
+    The second norm, where the MLP is done. Attention (FlashAttention-2): the gradients of output, queries, keys and
+    values, an fp32 accumulator of the queries' gradient, and with grouped queries the keys' and values' gradients of
+    every head. The first norm, at the layer's end.
+    LLM.int8's quantization of down's input in the second forward pass: a cast to fp16, its codes, its absolute values,
+    and which are outliers (bitsandbytes int8_vectorwise_quant): 2i + i + 2i + i.
+    """
+    e, h, i, tokens = work.element_bytes, shape.hidden_size, shape.intermediate_size, work.tokens
+    # In fp32 the first norm keeps the layer's own input, which checkpointing keeps already.
+    twice = tokens * 4 * h if work.gradient_checkpointing and e == 4 else 0
+    kept = _kept(shape, work, targets, all_of_it=True) - twice
+    until_mlp = _kept(shape, work, targets, all_of_it=False) - twice
+    gradient = tokens * e * h * (2 if work.quantize == "int8" and work.gradient_checkpointing else 1)
+    down = [module for module in targets if _leaf(module) == "down_proj"]
+    late = [module for module in targets if not _is_early(module)]
+    of_down, of_mlp, of_all = (4 * lora_parameters(modules, work.rank) for modules in (down, late, targets))
+
+    one, matrix = tokens * e * i, e * h * i if work.quantize != "none" else 0
+    lora_input = i * (e + 1) if work.lora_dropout > 0 else 0 if work.quantize == "int8" else e * i
+    gone = tokens * (e * work.rank + lora_input) + (of_down // 2 if e == 2 else 0) if down else 0
+    sums = one + max(one + matrix, 2 * one) if down else max(one + matrix, 3 * one)
+    wide = 2 * e * shape.q_size if shape.num_kv_heads != shape.num_heads else 0
+    flash = 2 * e * (shape.q_size + shape.kv_size) + 4 * shape.q_size + 4 * shape.num_heads + wide
+    norm = tokens * _norm_busiest(h) + gradient
+    moments = [
+        (of_down, kept - gone + gradient + sums),
+        (of_mlp, until_mlp + norm),
+        (of_mlp, until_mlp + gradient + tokens * flash),
+        (of_all, norm - twice),
+    ]
+    if work.quantize == "int8":
+        cast = 2 * i if work.dtype != "fp16" else 0
+        moments.append((0, until_mlp + gradient + tokens * (4 * h + 4 + e * h + 4 * e * i + cast + 4 * i)))
+    return moments

@@ -1,0 +1,240 @@
+"""Bytes × budgets → which device holds what, and whether it fits. No torch.
+
+A model is a chain: embedding, decoder layers, last norm and head (of a tied head the weight is the embedding's, so both
+lie on the first device). `split` cuts it into consecutive pieces, a device each, so that the fullest device is as empty
+as can be; `ddp` puts all of it on every device, `fsdp` a share of it.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from lorakit import __version__
+from lorakit.core.config import differences
+from lorakit.core.errors import InputRefused, Mismatch, OutOfMemory
+from lorakit.core.memory import Bytes, Part, StepMemory, Workload
+from lorakit.core.shapes import Shape
+from lorakit.core.weights import read_json_object
+
+Device = int | Literal["cpu"]
+"""What `from_pretrained(device_map=…)` calls a device: a GPU's number, or "cpu"."""
+Budgets = Mapping[Device, int]
+Parallel = Literal["split", "ddp", "fsdp"]
+
+_FORMAT = 1
+_SHAPE = ("model_type", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "vocab_size")
+
+
+_OPERATIONS_PER_SECOND = {"none": 325e12, "int8": 103e12, "nf4": 270e12, "fp4": 270e12}
+"""What one H200 computes in a second in training steps of transformers + PEFT + bitsandbytes, second forward passes
+included: 8,221, 2,594 and 6,826 tokens/s at 6 × 6.6e9 operations a token (Llama-2-7B, blocks of 2,048, rank 16 on all
+linear layers, gradient checkpointing; measured 2026-11-24 with torch 2.11). Another card is slower in proportion."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """What one device holds at its fullest moment."""
+
+    device: Device
+    budget_bytes: int
+    bytes: Bytes
+
+    @property
+    def name(self) -> str:
+        """The device as torch calls it."""
+        return "cpu" if self.device == "cpu" else f"cuda:{self.device}"
+
+    @property
+    def share(self) -> float:
+        """The part of its budget that is used."""
+        return self.bytes.total / self.budget_bytes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which device holds what. `device_map` goes into `from_pretrained`; None where every device holds the same."""
+
+    shape: Shape
+    work: Workload
+    parallel: Parallel
+    loads: tuple[Load, ...]
+    device_map: dict[str, Device] | None
+
+    @property
+    def fits(self) -> bool:
+        return self.share <= 1
+
+    @property
+    def share(self) -> float:
+        """How full the fullest device is."""
+        return max(load.share for load in self.loads)
+
+    @property
+    def peak_bytes(self) -> int:
+        return max(load.bytes.total for load in self.loads)
+
+    @property
+    def allocated_bytes(self) -> int:
+        """What torch measures as its peak on the fullest device."""
+        return max(load.bytes.allocated for load in self.loads)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """A rough speed on H200s, to compare plans by: a frozen base takes 4 operations a parameter and token, with a
+        second forward pass 6. Layers split over devices run one device at a time; copies and shards run at once."""
+        operations = (6 if self.work.gradient_checkpointing else 4) * self.shape.parameters
+        at_once = 1 if self.parallel == "split" else len(self.loads)
+        return at_once * _OPERATIONS_PER_SECOND[self.work.quantize] / operations
+
+    def as_json(self) -> dict[str, Any]:
+        """What `--json` shows and a plan file holds."""
+        return {
+            "format": _FORMAT,
+            "lorakit": __version__,
+            "model": self.shape.name,
+            "shape": {field: getattr(self.shape, field) for field in _SHAPE},
+            "settings": _settings(self.work),
+            "parallel": self.parallel,
+            "fits": self.fits,
+            "peak_bytes": self.peak_bytes,
+            "tokens_per_second": round(self.tokens_per_second),
+            "devices": [
+                {
+                    "name": load.name,
+                    "budget_bytes": load.budget_bytes,
+                    "peak_bytes": load.bytes.total,
+                    "bytes": load.bytes._asdict(),
+                }
+                for load in self.loads
+            ],
+            "device_map": self.device_map,
+        }
+
+
+def get_device_map(shape: Shape, budgets: Budgets, work: Workload) -> dict[str, Device]:
+    """The device of every module, for `from_pretrained(device_map=…)`: consecutive layers, none of them cut, the
+    fullest device as empty as can be.
+
+    Raises OutOfMemory where no such map fits.
+    """
+    plan = make_plan(shape, budgets, work, "split")
+    if not plan.fits or plan.device_map is None:
+        fullest = max(plan.loads, key=lambda load: load.share)
+        raise OutOfMemory(
+            f"{shape.name}: found {fullest.bytes.total / 2**30:.1f} GiB for {fullest.name} at best, "
+            f"need at most its {fullest.budget_bytes / 2**30:.1f}",
+            "`lorakit plan-devices` says what would fit",
+        )
+    return plan.device_map
+
+
+def make_plan(shape: Shape, budgets: Budgets, work: Workload, parallel: Parallel) -> Plan:
+    """The plan for one way of sharing the work. Raises InputRefused where a LoRA target matches no layer."""
+    memory, count = StepMemory(shape, work), len(budgets)
+    if parallel == "split":
+        cuts = _best_cuts(memory, list(budgets.values()))
+        parts = [_part(shape, start, end) for start, end in zip([0, *cuts], cuts, strict=False)]
+        loads = [memory.peak(part) if _holds(part) else Bytes() for part in parts]
+        device_map = _device_map(shape, dict(zip(budgets, parts, strict=True)))
+    else:
+        one = _part(shape, 0, shape.num_layers + 2)
+        shared = {"copies": count} if parallel == "ddp" else {"shards": count}
+        loads, device_map = [memory.peak(one, **shared)] * count, None
+    devices = zip(budgets.items(), loads, strict=True)
+    return Plan(shape, work, parallel, tuple(Load(name, size, load) for (name, size), load in devices), device_map)
+
+
+def _part(shape: Shape, start: int, end: int) -> Part:
+    """Links [start, end) of the chain: the embedding is 0, layer l is l + 1, norm and head are the last."""
+    last, layers = end == shape.num_layers + 2 and start < end, shape.num_layers
+    embedding = start == 0 < end
+    clipped = min(max(start - 1, 0), layers), min(max(end - 1, 0), layers)
+    return Part(*clipped, embedding=embedding, norm=last, head=embedding if shape.tied else last)
+
+
+def _holds(part: Part) -> bool:
+    return part.end > part.first or part.embedding or part.norm
+
+
+def _best_cuts(memory: StepMemory, budgets: list[int]) -> list[int]:
+    """Where each device's piece of the chain ends, so that the largest used share of a budget is the smallest.
+
+    Dynamic programming over (devices so far, links placed): exact. Devices may stay empty, the last ones first.
+    """
+    links, shape = memory.shape.num_layers + 2, memory.shape
+    alike = len({id(layer) for layer in memory.layers}) <= 1
+    known: dict[object, int] = {}
+
+    def bytes_of(start: int, end: int) -> int:
+        part = _part(shape, start, end)
+        key = (part.end - part.first, part.first == 0, part[2:]) if alike else part
+        if key not in known:
+            known[key] = memory.peak(part).total if _holds(part) else 0
+        return known[key]
+
+    best = [0.0] + [math.inf] * links
+    choices: list[list[int]] = []
+    for budget in budgets:
+        options = [
+            min((max(best[start], bytes_of(start, end) / budget), -start) for start in range(end + 1))
+            for end in range(links + 1)
+        ]
+        best = [share for share, _ in options]
+        choices.append([-start for _, start in options])
+    cuts = [links]
+    for choice in reversed(choices):
+        cuts.append(choice[cuts[-1]])
+    return cuts[-2::-1]
+
+
+def _device_map(shape: Shape, parts: Mapping[Device, Part]) -> dict[str, Device]:
+    """Every module outside of the layers by its own name, every layer by the layer's."""
+    found: dict[str, Device] = {}
+    layer_device = {layer: name for name, part in parts.items() for layer in range(part.first, part.end)}
+    first = next(name for name, part in parts.items() if part.embedding)
+    last = next(name for name, part in parts.items() if part.norm)
+    for module in shape.modules:
+        if module.layer is not None:
+            found[layer_name(module.name, module.layer)] = layer_device[module.layer]
+        elif module.name == shape.head:
+            found[module.name] = first if shape.tied else last
+        else:
+            found[module.name] = first if module.kind in ("embedding", "buffer") else last
+    return found
+
+
+def layer_name(module: str, layer: int) -> str:
+    """The name of the decoder layer that a module lies in."""
+    head, _, _ = f"{module}.".partition(f".{layer}.")
+    return f"{head}.{layer}"
+
+
+# The plan file
+
+
+def read_plan(path: Path) -> dict[str, Any]:
+    """A plan file as `lorakit plan-devices --output` wrote it. Raises InputRefused, DiskFailed."""
+    hint = "`lorakit plan-devices MODEL --output FILE` writes plans"
+    plan = read_json_object(path, hint)
+    needed = {"format", "shape", "settings", "parallel", "fits", "peak_bytes", "devices", "device_map"}
+    if plan.get("format") != _FORMAT or not needed <= set(plan):
+        raise InputRefused(f"{path}: found no plan of format {_FORMAT}, need one", hint)
+    return plan
+
+
+def refuse_other_plan(path: Path, plan: Mapping[str, Any], shape: Shape, work: Workload) -> None:
+    """Raises Mismatch with the differences where a plan was made for another model or other settings than a run's."""
+    wanted = {**{field: getattr(shape, field) for field in _SHAPE}, **_settings(work)}
+    changed = differences({**plan["shape"], **plan["settings"]}, wanted)
+    if changed:
+        listed = "\n  ".join(changed)
+        raise Mismatch(
+            f"{path}: found a plan for another run, need one for these settings:\n  {listed}",
+            "run `lorakit plan-devices` with this run's settings, or change the run's",
+        )
+
+
+def _settings(work: Workload) -> dict[str, Any]:
+    return {**asdict(work), "target_modules": list(work.target_modules)}

@@ -1,0 +1,179 @@
+"""A model's name + devices + settings → the plan, and where it doesn't fit the single changes with which it would.
+
+Answers come from shapes, memory and placement alone; only a model that isn't built in and is of no known family is laid
+out by transformers.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from lorakit.core import disk
+from lorakit.core.config import PlanDevicesConfig
+from lorakit.core.environment import free_gpu_bytes, free_ram_bytes
+from lorakit.core.errors import UsageError
+from lorakit.core.events import Notice, Report
+from lorakit.core.memory import Workload
+from lorakit.core.placement import Budgets, Device, Parallel, Plan, make_plan, read_plan
+from lorakit.core.shapes import FAMILIES, Shape, config_of, shape_of
+
+_LONGEST_BLOCK = 65_536  # what `prepare` makes at most
+_BLOCK_STEP = 64
+_QUANTIZATIONS: tuple[Literal["none", "int8", "nf4"], ...] = ("none", "int8", "nf4")
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """One change with which a plan fits that doesn't; `option` is what to type."""
+
+    change: str
+    option: str
+    plan: Plan
+
+    def as_json(self) -> dict[str, Any]:
+        """What `--json` shows."""
+        return {"change": self.change, "option": self.option, "peak_bytes": self.plan.peak_bytes}
+
+
+@dataclass(frozen=True)
+class Planned:
+    """The answer: the plan, single changes that fit (the smallest first) where it doesn't, and what was compared."""
+
+    plan: Plan
+    suggestions: tuple[Suggestion, ...]
+    compared: tuple[Plan, ...]
+
+
+def plan_devices(config: PlanDevicesConfig, report: Report) -> Planned:
+    """Plan a training run, and write the plan to its file where one is asked for.
+
+    Raises UsageError (settings that contradict), InputRefused (an unknown model, a mixture of experts, a config that
+    lacks fields, a target that matches nothing), HubFailed, DiskFailed.
+    """
+    shape = find_shape(config.model.model, report)
+    budgets = _budgets(config, report)
+    on_cpu = "cpu" in budgets
+    dtype = ("fp32" if on_cpu else "bf16") if config.model.dtype == "auto" else config.model.dtype
+    if config.model.quantize == "int8" and config.devices.parallel == "fsdp":
+        raise UsageError(
+            "--parallel fsdp: found --quantize int8, need none, nf4 or fp4", "int8 can't be cut into shards"
+        )
+    block, batch = config.batch.block_size, config.batch.batch_size
+    work = Workload.of(config, dtype, 512 if block == "auto" else block, 1 if batch == "auto" else batch)
+    work = replace(work, attention="sdpa" if on_cpu else "varlen")
+
+    def planned(work: Workload) -> Plan:
+        return _choose(shape, budgets, work, config.devices.parallel)
+
+    if block == "auto":
+        step = _largest(lambda size: planned(replace(work, block_size=size * _BLOCK_STEP)).fits, _LONGEST_BLOCK // 64)
+        work = replace(work, block_size=max(step, 1) * _BLOCK_STEP)
+    if batch == "auto":
+        work = replace(
+            work, batch_size=max(1, _largest(lambda size: planned(replace(work, batch_size=size)).fits, 4096))
+        )
+    plan = planned(work)
+    suggestions = () if plan.fits else tuple(_changes(plan, budgets))
+    compared = tuple(_compare(plan, budgets)) if config.plan.compare else ()
+    if (output := config.plan.output) is not None:
+        if output.exists():
+            read_plan(output)  # nothing else is ever replaced
+        disk.make_folder(output.parent)
+        disk.write_file(output, (json.dumps(plan.as_json(), indent=1) + "\n").encode())
+    return Planned(plan, suggestions, compared)
+
+
+def find_shape(name: str, report: Report) -> Shape:
+    """The shape of a built-in model, a folder's or the Hub's. Raises InputRefused, HubFailed."""
+    config = config_of(name)
+    if config.get("model_type") in FAMILIES or not config.get("model_type"):
+        return shape_of(name, config)
+    from lorakit.core.model import meta_shape
+
+    shape = meta_shape(name, config)
+    report(Notice(f"{name}: its weights are counted exactly, its activations as those of a Llama layer of its sizes"))
+    return shape
+
+
+def _budgets(config: PlanDevicesConfig, report: Report) -> Budgets:
+    devices = config.devices
+    if devices.cpu:
+        return {"cpu": devices.cpu[0]}
+    sizes = list(devices.gpus) or free_gpu_bytes()
+    if not sizes:
+        report(Notice("no GPU here: planned for this machine's CPU; --gpus 1x24GiB plans for another machine"))
+        return {"cpu": free_ram_bytes()}
+    return dict(enumerate(sizes))
+
+
+def _choose(shape: Shape, budgets: Budgets, work: Workload, parallel: Literal["split", "ddp", "fsdp", "auto"]) -> Plan:
+    """The plan asked for; of auto the first that fits: copies are the fastest, then shards, then split layers."""
+    if parallel != "auto":
+        return make_plan(shape, budgets, work, parallel)
+    ways: list[Parallel] = ["ddp", "fsdp"] if len(budgets) > 1 else []
+    plans = (make_plan(shape, budgets, work, way) for way in ways if (way, work.quantize) != ("fsdp", "int8"))
+    return next((plan for plan in plans if plan.fits), None) or make_plan(shape, budgets, work, "split")
+
+
+def _largest(fits: Callable[[int], bool], limit: int) -> int:
+    """The largest number up to `limit` that fits, 0 where not even 1 does; what is larger takes no less."""
+    low, high = 0, 1
+    while high <= limit and fits(high):
+        low, high = high, 2 * high
+    high = min(high, limit + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def _changes(plan: Plan, budgets: Budgets) -> Iterator[Suggestion]:
+    """Each single change that makes a plan fit, those that cost least first."""
+    shape, work, parallel = plan.shape, plan.work, plan.parallel
+
+    def again(changed: Workload, budgets: Budgets = budgets, parallel: Parallel = parallel) -> Plan:
+        return make_plan(shape, budgets, changed, parallel)
+
+    tried: list[tuple[str, str, Plan]] = []
+    batch = _largest(lambda size: again(replace(work, batch_size=size)).fits, work.batch_size - 1)
+    if batch:
+        smaller = again(replace(work, batch_size=batch))
+        tried.append((f"{batch} blocks in a micro-step", f"--batch-size {batch}", smaller))
+    if not work.gradient_checkpointing:
+        tried.append(("checkpointing", "--gradient-checkpointing", again(replace(work, gradient_checkpointing=True))))
+    if work.quantize == "none":
+        tried.append(("an 8-bit base", "--quantize int8", again(replace(work, quantize="int8"))))
+    if work.quantize in ("none", "int8"):
+        tried.append(("a 4-bit base", "--quantize nf4", again(replace(work, quantize="nf4"))))
+    steps = _largest(lambda size: again(replace(work, block_size=64 * size)).fits, (work.block_size - 1) // 64)
+    if steps:
+        tried.append(
+            (f"blocks of {64 * steps}", f"--block-size {64 * steps}", again(replace(work, block_size=64 * steps)))
+        )
+    rank = _largest(lambda rank: again(replace(work, rank=rank)).fits, work.rank - 1)
+    if rank:
+        tried.append((f"rank {rank}", f"--rank {rank}", again(replace(work, rank=rank))))
+    if len(budgets) > 1 and parallel != "fsdp" and work.quantize != "int8":
+        tried.append(("shards of all weights", "--parallel fsdp", again(work, parallel="fsdp")))
+    if len(budgets) > 1 and parallel == "ddp":
+        tried.append(("layers over devices", "--parallel split", again(work, parallel="split")))
+    if "cpu" not in budgets and parallel != "ddp":
+        more: dict[Device, int] = {**budgets, len(budgets): max(budgets.values())}
+        tried.append(("one more GPU", f"--gpus {_typed(more)}", again(work, budgets=more)))
+    yield from (Suggestion(*change) for change in tried if change[2].fits)
+
+
+def _typed(budgets: Budgets) -> str:
+    """Budgets as `--gpus` takes them."""
+    sizes = [f"{size / 2**30:.4g}GiB" for size in budgets.values()]
+    return f"{len(sizes)}x{sizes[0]}" if len(set(sizes)) == 1 else ",".join(sizes)
+
+
+def _compare(plan: Plan, budgets: Budgets) -> Iterator[Plan]:
+    """Every way of sharing the work with every kind of base."""
+    ways: tuple[Parallel, ...] = ("split", "ddp", "fsdp") if len(budgets) > 1 else ("split",)
+    for way in ways:
+        for quantize in _QUANTIZATIONS:
+            if (way, quantize) != ("fsdp", "int8"):
+                yield make_plan(plan.shape, budgets, replace(plan.work, quantize=quantize), way)

@@ -1,0 +1,196 @@
+"""A model's shape from its config alone: every module with its name and size, no weights. No torch.
+
+Built-in shapes lie in data/shapes/*.json, a file a family, with the fields of each model's own config.json.
+The layouts are those of transformers' LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM and Qwen3ForCausalLM.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from lorakit.core.errors import InputRefused
+from lorakit.core.hub import config_folder
+from lorakit.core.weights import read_json_object
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+"""The model types whose modules are known here; others are laid out by transformers itself."""
+
+_FOLDER = Path(__file__).parents[1] / "data" / "shapes"
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+
+
+@dataclass(frozen=True)
+class Module:
+    """One module that holds parameters or buffers. A linear layer's weight is [out_features, in_features]; a norm's
+    has out_features elements; `layer` is the decoder layer that it belongs to, None outside of them."""
+
+    name: str
+    kind: Literal["embedding", "linear", "norm", "buffer"]
+    out_features: int
+    in_features: int = 1
+    bias: bool = False
+    layer: int | None = None
+
+    @property
+    def weight_elements(self) -> int:
+        return 0 if self.kind == "buffer" else self.out_features * self.in_features
+
+    @property
+    def parameters(self) -> int:
+        return self.weight_elements + (self.out_features if self.bias else 0)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A decoder-only language model. `head` names the module that makes the logits; `tied`: its weight is the
+    embedding's. `known`: one of FAMILIES, so that its layers compute what memory.py counts."""
+
+    name: str
+    model_type: str
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    tied: bool
+    head: str
+    modules: tuple[Module, ...]
+    known: bool
+
+    @cached_property
+    def parameters(self) -> int:
+        """All parameters, a tied weight once."""
+        return sum(module.parameters for module in self.modules if not (self.tied and module.name == self.head))
+
+    @property
+    def q_size(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        return self.num_kv_heads * self.head_dim
+
+    @property
+    def qk_norms(self) -> bool:
+        """Whether queries and keys are normed by head, as Qwen3's are."""
+        return any(module.name.endswith(".q_norm") for module in self.modules)
+
+    def layer_modules(self, layer: int | None) -> Iterator[Module]:
+        """The modules of one decoder layer; of None, those outside of all layers."""
+        return (module for module in self.modules if module.layer == layer)
+
+    def targets(self, names: Sequence[str]) -> tuple[Module, ...]:
+        """The linear modules that get LoRA: `all-linear` is every one but the head, as in PEFT; else by name.
+
+        Raises InputRefused where a name matches none, listing what there is.
+        """
+        linears = [module for module in self.modules if module.kind == "linear"]
+        if tuple(names) == ("all-linear",):
+            return tuple(module for module in linears if module.name != self.head)
+        for name in names:
+            if not any(_is_called(module, name) for module in linears):
+                there_are = sorted({module.name.rpartition(".")[2] for module in linears if module.name != self.head})
+                raise InputRefused(
+                    f"target_modules: found {name!r}, which matches no linear layer of {self.name}; "
+                    f"need some of {', '.join(there_are)}",
+                    "correct --target-modules, or leave it out: all-linear",
+                )
+        return tuple(module for module in linears if any(_is_called(module, name) for name in names))
+
+
+def _is_called(module: Module, name: str) -> bool:
+    return module.name == name or module.name.endswith(f".{name}")
+
+
+def built_in() -> dict[str, dict[str, Any]]:
+    """Every built-in config by its short name; `ids` lists the hub ids that it stands for."""
+    found: dict[str, dict[str, Any]] = {}
+    for path in sorted(_FOLDER.glob("*.json")):
+        found |= json.loads(path.read_bytes())
+    return found
+
+
+def config_of(name: str) -> dict[str, Any]:
+    """The config of a model: a folder's, a built-in one by short name or hub id, or the Hub's (config.json only).
+
+    Raises InputRefused, HubFailed.
+    """
+    if not Path(name).exists():
+        for short, config in built_in().items():
+            if name.lower() in (short, *(hub_id.lower() for hub_id in config["ids"])):
+                return config
+    return read_json_object(config_folder(name) / "config.json", "a model folder has a config.json")
+
+
+def shape_of(name: str, config: Mapping[str, Any]) -> Shape:
+    """The shape of a model of FAMILIES. Raises InputRefused: a mixture of experts, or a config that lacks fields."""
+    refuse_experts(name, config)
+    family = config.get("model_type")
+    lacking = [field for field in _SIZES if not _is_size(config.get(field))]
+    if family not in FAMILIES or lacking:
+        found = f"a config without {', '.join(lacking)}" if lacking else f"the model type {family!r}"
+        raise InputRefused(
+            f"{name}: found {found}, need the config.json of a causal language model ({', '.join(FAMILIES)})",
+            "give the model's own folder or hub id",
+        )
+    heads = int(config["num_attention_heads"])
+    usual_head_dim = 128 if family == "qwen3" else int(config["hidden_size"]) // heads
+    sizes: dict[str, int] = {
+        "hidden_size": int(config["hidden_size"]),
+        "intermediate_size": int(config["intermediate_size"]),
+        "num_layers": int(config["num_hidden_layers"]),
+        "num_heads": heads,
+        "num_kv_heads": int(config.get("num_key_value_heads") or heads),
+        "head_dim": int(config.get("head_dim") or usual_head_dim),
+        "vocab_size": int(config["vocab_size"]),
+    }
+    modules = tuple(_modules(family, config, sizes))
+    tied = bool(config.get("tie_word_embeddings", False))
+    return Shape(name, str(family), **sizes, tied=tied, head="lm_head", modules=modules, known=True)
+
+
+def refuse_experts(name: str, config: Mapping[str, Any]) -> None:
+    """Raises InputRefused where a config is that of a mixture of experts."""
+    experts = next((config[field] for field in _EXPERTS if config.get(field)), None)
+    if experts is not None:
+        raise InputRefused(
+            f"{name}: found a mixture of {experts} experts ({config.get('model_type')}), need a dense model",
+            "choose a dense model: memory of mixtures isn't counted yet",
+        )
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and value > 0
+
+
+def _modules(family: str, config: Mapping[str, Any], sizes: Mapping[str, int]) -> Iterator[Module]:
+    """The modules in the order of transformers' own `named_modules`."""
+    h, i, v, d = (sizes[name] for name in ("hidden_size", "intermediate_size", "vocab_size", "head_dim"))
+    q, kv = sizes["num_heads"] * d, sizes["num_kv_heads"] * d
+    bias = bool(config.get("attention_bias", False)) if family in ("llama", "qwen3") else False
+    qkv_bias = bias or family == "qwen2"
+    mlp_bias = family == "llama" and bool(config.get("mlp_bias", False))
+    yield Module("model.embed_tokens", "embedding", v, h)
+    for layer in range(sizes["num_layers"]):
+        at = f"model.layers.{layer}"
+        yield Module(f"{at}.self_attn.q_proj", "linear", q, h, qkv_bias, layer)
+        yield Module(f"{at}.self_attn.k_proj", "linear", kv, h, qkv_bias, layer)
+        yield Module(f"{at}.self_attn.v_proj", "linear", kv, h, qkv_bias, layer)
+        yield Module(f"{at}.self_attn.o_proj", "linear", h, q, bias, layer)
+        if family == "qwen3":
+            yield Module(f"{at}.self_attn.q_norm", "norm", d, layer=layer)
+            yield Module(f"{at}.self_attn.k_norm", "norm", d, layer=layer)
+        yield Module(f"{at}.mlp.gate_proj", "linear", i, h, mlp_bias, layer)
+        yield Module(f"{at}.mlp.up_proj", "linear", i, h, mlp_bias, layer)
+        yield Module(f"{at}.mlp.down_proj", "linear", h, i, mlp_bias, layer)
+        yield Module(f"{at}.input_layernorm", "norm", h, layer=layer)
+        yield Module(f"{at}.post_attention_layernorm", "norm", h, layer=layer)
+    yield Module("model.norm", "norm", h)
+    yield Module("model.rotary_emb", "buffer", d // 2)
+    yield Module("lm_head", "linear", v, h)

@@ -1,0 +1,360 @@
+"""Planned against measured memory: `python -m tests.bench.memory --output rows.jsonl` on a CUDA GPU.
+
+Every row runs two steps of the very training step on a model of real shape with random weights, built on the GPU, and
+compares the second one's peak with the plan. What the plan says doesn't fit is left out, what runs out of memory is
+said. `--tiny` runs the same code on the CPU in seconds, with live tensors counted instead of the allocator asked.
+"""
+
+import argparse
+import gc
+import inspect
+import json
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lorakit.core.environment import let_gpu_memory_grow
+
+let_gpu_memory_grow()  # before torch asks
+
+import torch  # noqa: E402
+
+from lorakit.core import training  # noqa: E402
+from lorakit.core.blocks import Batch  # noqa: E402
+from lorakit.core.config import TrainConfig  # noqa: E402
+from lorakit.core.memory import Bytes, Part, StepMemory, Workload  # noqa: E402
+from lorakit.core.model import (  # noqa: E402
+    add_lora,
+    checkpoint_activations,
+    leave_casts_to_autocast,
+    lora_parameters,
+)
+from lorakit.core.shapes import Shape, config_of, shape_of  # noqa: E402
+from tests.live import LiveBytes  # noqa: E402
+
+
+class Row(NamedTuple):
+    """One configuration. `layers`: fewer than the model has, for long blocks; 0: all. `full`: all logits at once."""
+
+    model: str
+    quantize: str
+    block: int
+    batch: int
+    checkpointing: bool
+    full: bool
+    rank: int
+    layers: int = 0
+
+
+ROWS = [
+    Row("llama-2-7b", "none", 512, 1, True, False, 16),
+    Row("llama-2-7b", "none", 512, 1, True, False, 256),
+    Row("llama-2-7b", "none", 2048, 1, True, True, 64),
+    Row("llama-2-7b", "none", 2048, 4, True, False, 16),
+    Row("llama-2-7b", "none", 8192, 1, True, False, 8),
+    Row("llama-2-7b", "none", 2048, 1, False, False, 16),
+    Row("llama-2-7b", "none", 512, 8, False, True, 8),
+    Row("llama-2-7b", "nf4", 512, 1, True, False, 64),
+    Row("llama-2-7b", "nf4", 2048, 2, True, False, 16),
+    Row("llama-2-7b", "nf4", 8192, 2, True, False, 8),
+    Row("llama-2-7b", "nf4", 4096, 1, True, True, 256),
+    Row("llama-2-7b", "nf4", 2048, 1, False, True, 64),
+    Row("llama-2-7b", "nf4", 512, 8, False, False, 256),
+    Row("llama-2-7b", "int8", 512, 2, True, False, 64),
+    Row("llama-2-7b", "int8", 2048, 2, True, False, 16),
+    Row("llama-2-7b", "int8", 512, 1, False, False, 8),
+    Row("llama-2-7b", "int8", 2048, 1, False, True, 256),
+    Row("llama-3.1-8b", "none", 512, 1, True, False, 16),
+    Row("llama-3.1-8b", "none", 2048, 2, True, True, 8),
+    Row("llama-3.1-8b", "none", 4096, 1, True, False, 64),
+    Row("llama-3.1-8b", "none", 2048, 1, False, False, 256),
+    Row("llama-3.1-8b", "nf4", 512, 1, True, False, 256),
+    Row("llama-3.1-8b", "nf4", 2048, 2, True, False, 64),
+    Row("llama-3.1-8b", "nf4", 8192, 1, True, True, 16),
+    Row("llama-3.1-8b", "nf4", 2048, 1, False, False, 16),
+    Row("llama-3.1-8b", "nf4", 512, 4, False, True, 8),
+    Row("llama-3.1-8b", "int8", 512, 2, True, False, 8),
+    Row("llama-3.1-8b", "int8", 2048, 1, True, True, 64),
+    Row("llama-3.1-8b", "int8", 1024, 2, False, False, 16),
+    Row("llama-2-7b", "none", 8192, 8, True, False, 16, 8),
+    Row("llama-3.1-8b", "nf4", 8192, 2, False, False, 8, 8),
+    Row("llama-3.1-8b", "nf4", 8192, 8, True, False, 64, 8),
+]
+TINY_ROWS = [
+    Row("tiny", "none", 64, 2, True, False, 8),
+    Row("tiny", "none", 128, 1, False, True, 16),
+    Row("tiny", "nf4", 64, 2, True, False, 8),
+    Row("tiny", "int8", 64, 2, True, True, 8),
+]
+TINY = {"model_type": "llama", "vocab_size": 1000, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 3}
+TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+def config_for(row: Row) -> dict[str, Any]:
+    config = dict(TINY) if row.model == "tiny" else config_of(row.model)
+    return {**config, "num_hidden_layers": row.layers or config["num_hidden_layers"]}
+
+
+def workload(row: Row, device: torch.device) -> Workload:
+    return Workload(
+        dtype="bf16",
+        quantize=row.quantize,  # type: ignore[arg-type]
+        rank=row.rank,
+        target_modules=("all-linear",),
+        lora_dropout=0.0,
+        block_size=row.block,
+        batch_size=row.batch,
+        accumulates=False,
+        gradient_checkpointing=row.checkpointing,
+        attention="varlen" if device.type == "cuda" else "sdpa",
+        loss_tokens=10**9 if row.full else 256,
+    )
+
+
+# The model
+
+
+def random_base(row: Row, device: torch.device) -> Any:
+    """A model of real shape as load_base gives it: frozen, quantized, in bf16, with random weights made in place."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    fields = {key: value for key, value in config_for(row).items() if key not in ("ids", "model_type")}
+    config = AutoConfig.for_model(config_for(row)["model_type"], **fields)
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    head = model.get_output_embeddings()
+    for name, module in list(model.named_modules()):
+        if isinstance(module, torch.nn.Linear) and module is not head and row.quantize != "none":
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, quantized(module, row.quantize, device))
+        else:
+            for key, parameter in list(module.named_parameters(recurse=False)):
+                made = torch.empty(parameter.shape, dtype=torch.bfloat16, device=device)
+                made = made.fill_(1) if made.dim() == 1 else made.normal_(0, 0.02)
+                setattr(module, key, torch.nn.Parameter(made, requires_grad=False))
+    with torch.device(device):
+        model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    model.is_loaded_in_8bit, model.is_loaded_in_4bit = row.quantize == "int8", row.quantize in ("nf4", "fp4")
+    model.requires_grad_(False)
+    model.config.use_cache = False
+    return model
+
+
+def quantized(linear: Any, quantize: str, device: torch.device) -> Any:
+    """bitsandbytes' own layer of a linear layer's size, its weight quantized on the device from random numbers."""
+    import bitsandbytes as bnb
+
+    size = (linear.out_features, linear.in_features)
+    bias = linear.bias is not None
+    with torch.device("meta"):
+        if quantize == "int8":
+            made = bnb.nn.Linear8bitLt(size[1], size[0], bias, has_fp16_weights=False, threshold=6.0)
+        else:
+            made = bnb.nn.Linear4bit(
+                size[1], size[0], bias, compute_dtype=torch.bfloat16, compress_statistics=True, quant_type=quantize
+            )
+    values = torch.empty(size, dtype=torch.float16 if quantize == "int8" else torch.bfloat16, device=device)
+    values.normal_(0, 0.02)
+    if quantize == "int8":
+        made.weight = bnb.nn.Int8Params(values, requires_grad=False, has_fp16_weights=False).to(device)
+    else:
+        parameter = bnb.nn.Params4bit(values, requires_grad=False, compress_statistics=True, quant_type=quantize)
+        made.weight = parameter.to(device)
+    return made
+
+
+def attend_by_varlen(model: Any, row: Row, device: torch.device) -> None:
+    """Flash attention for variable lengths, every block a document, as training does it."""
+    from torch.nn.attention.varlen import varlen_attn
+    from transformers import AttentionInterface
+
+    ends = torch.arange(row.batch + 1, dtype=torch.int32, device=device) * row.block
+    takes = inspect.signature(varlen_attn).parameters
+    how: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in takes else {"is_causal": True}
+
+    def attend(module: Any, query: Any, key: Any, value: Any, mask: Any, **_: Any) -> Any:
+        q_THD, k_THD, v_THD = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+        gqa = {"enable_gqa": q_THD.shape[1] != k_THD.shape[1]} if "enable_gqa" in takes else {}
+        out_THD = varlen_attn(q_THD, k_THD, v_THD, ends, ends, row.block, row.block, **how, **gqa)
+        return out_THD.view(query.shape[0], query.shape[2], *out_THD.shape[1:]), None
+
+    AttentionInterface.register("varlen_bench", attend)
+    model.set_attn_implementation("varlen_bench")
+
+
+# The step
+
+
+class RandomBlocks:
+    """Blocks of random tokens, all of them trained."""
+
+    def __init__(self, row: Row, vocab_size: int) -> None:
+        self.size, self._vocab_size = row.block, vocab_size
+
+    def batch(self, indices: list[int]) -> Batch:
+        ids = np.random.default_rng(indices[0]).integers(0, self._vocab_size, (len(indices), self.size))
+        positions = np.tile(np.arange(self.size), (len(indices), 1))
+        return Batch(ids, positions, positions > 0)
+
+
+def training_run(row: Row, base: Any, device: torch.device) -> Any:
+    """train's own run, ready to step, without its folder, its blocks and its checkpoints."""
+    values = {"model": row.model, "blocks": "none", "quantize": row.quantize, "rank": row.rank, "dtype": "bf16"}
+    values |= {"batch_size": row.batch, "gradient_checkpointing": row.checkpointing}
+    config = TrainConfig.resolve((None, values))
+    run = training._Run.__new__(training._Run)
+    run.config, run.device, run.state = config, device, training._State()
+    run.blocks = RandomBlocks(row, base.config.vocab_size)  # type: ignore[assignment]
+    run.schedule = training.Schedule(1000, row.batch, 1000, 0)
+    run.model = add_lora(base, config.lora, 0, row.model)
+    if row.checkpointing:
+        checkpoint_activations(run.model)
+    leave_casts_to_autocast(run.model)
+    run.model.train()
+    run.scaled, run.autocast = False, torch.autocast(device.type, torch.bfloat16)
+    run.parameters = lora_parameters(run.model)
+    run.optimizer = torch.optim.AdamW(run.parameters.values(), fused=device.type == "cuda")
+    run.rate_at = lambda step: 1e-4
+    return run
+
+
+def taken_back(run: Any) -> Any:
+    """The base without what a run put on it."""
+    base = run.model.unload()
+    if run.config.batch.gradient_checkpointing:
+        base.gradient_checkpointing_disable()
+        base.disable_input_require_grads()
+    return base
+
+
+def measure(row: Row, base: Any, device: torch.device, shape: Shape) -> dict[str, int]:
+    """The second step's peak, and what was there at other moments. On the CPU: planned weights and states + live."""
+    cuda, found = device.type == "cuda", {}
+    original = training.loss_sum
+
+    def allocated() -> int:
+        return torch.cuda.memory_allocated() if cuda else 0
+
+    def watched(model: Any, batch: Batch) -> torch.Tensor:
+        loss = original(model, batch, workload(row, device).loss_tokens)
+        found["forward_peak"] = torch.cuda.max_memory_allocated() if cuda else 0
+        found["after_forward"] = allocated()
+        return loss
+
+    found["weights"] = allocated()
+    run = training_run(row, base, device)
+    found["with_lora"] = allocated()
+    training.loss_sum = watched  # type: ignore[assignment]
+    try:
+        run._step()
+        run.optimizer.zero_grad(set_to_none=True)
+        gc.collect()
+        found["between_steps"] = allocated()
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        with nullcontext() if cuda else LiveBytes() as counted:
+            run._step()
+        if cuda:
+            torch.cuda.synchronize()
+            found["peak"] = torch.cuda.max_memory_allocated()
+            found["reserved"] = torch.cuda.max_memory_reserved()
+            free, total = torch.cuda.mem_get_info()
+            found["outside"] = total - free - torch.cuda.memory_reserved()
+        else:
+            planned = plan(row, shape, device)
+            found["peak"] = planned.weights + planned.lora + planned.optimizer + counted.peak  # type: ignore[union-attr]
+    finally:
+        training.loss_sum = original
+        taken_back(run)
+        del run
+        gc.collect()
+        if cuda:
+            torch.cuda.empty_cache()
+    return found
+
+
+def plan(row: Row, shape: Shape, device: torch.device) -> Bytes:
+    planned = StepMemory(shape, workload(row, device)).peak(Part(0, shape.num_layers, True, True, True))
+    return planned if device.type == "cuda" else planned._replace(workspace=0)
+
+
+def rows_in_turn(rows: list[Row], device: torch.device) -> Iterator[tuple[Row, Any, Shape]]:
+    """Each row with its base; rows of one base follow each other, so that it is built once."""
+    bases = list(dict.fromkeys((row.model, row.quantize, row.layers) for row in rows))
+    for key in bases:
+        mine = [row for row in rows if (row.model, row.quantize, row.layers) == key]
+        base = random_base(mine[0], device)
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        for row in mine:
+            if device.type == "cuda":
+                attend_by_varlen(base, row, device)
+            yield row, base, shape_of(row.model, config_for(row))
+        del base
+        gc.collect()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tiny", action="store_true", help="a tiny model on the CPU")
+    parser.add_argument("--output", help="file for a JSON line a row")
+    parser.add_argument("--only", type=int, nargs="*", help="numbers of rows to run")
+    parser.add_argument("--limit", type=float, default=390, help="start no row after so many seconds")
+    given = parser.parse_args()
+    device = torch.device("cpu" if given.tiny else "cuda")
+    rows = TINY_ROWS if given.tiny else ROWS
+    rows = [row for number, row in enumerate(rows) if not given.only or number in given.only]
+    room = torch.cuda.mem_get_info()[0] if device.type == "cuda" else 2**40
+    started, errors = time.monotonic(), []
+    show(f"torch {torch.__version__}, {torch.cuda.get_device_name() if device.type == 'cuda' else 'cpu'}")
+    show("model         base  block batch ck   loss  rank layers   planned  measured    error   seconds")
+    for row, base, shape in rows_in_turn(rows, device):
+        at = time.monotonic()
+        kind = f"{'yes' if row.checkpointing else 'no':<4} {'full' if row.full else 'chunk':<5}"
+        name = f"{row.model:<13} {row.quantize:<5} {row.block:>5} {row.batch:>5} {kind} {row.rank:>4}"
+        name += f" {shape.num_layers:>6}"
+        planned = plan(row, shape, device)
+        if at - started > given.limit or planned.total > room:
+            why = "no room" if planned.total > room else "no time"
+            show(f"{name}  {planned.allocated / 2**30:8.2f}  left out: {why}")
+            continue
+        try:
+            found = measure(row, base, device, shape)
+        except (RuntimeError, MemoryError) as error:
+            show(f"{name}  {planned.allocated / 2**30:8.2f}  failed: {str(error).splitlines()[0][:90]}")
+            continue
+        share, seconds = planned.allocated / found["peak"] - 1, time.monotonic() - at
+        errors.append(share)
+        figures = f"{planned.allocated / 2**30:8.2f}  {found['peak'] / 2**30:8.2f}  {share:+7.2%}  {seconds:7.1f}"
+        moments = {key: round(size / 2**20) for key, size in found.items()}
+        causes = {key: round(size / 2**20) for key, size in planned._asdict().items()}
+        show(f"{name}  {figures}  MiB measured {json.dumps(moments)} planned {json.dumps(causes)}")
+        if given.output:
+            facts = {**row._asdict(), "layers": shape.num_layers, "error": share, "seconds": seconds}
+            with open(given.output, "a", encoding="utf-8") as file:
+                file.write(json.dumps({**facts, "planned": planned._asdict(), "measured": found}) + "\n")
+    if not errors:
+        show("no row ran")
+        return 1
+    sizes = sorted(map(abs, errors))
+    show(
+        f"{len(sizes)} rows: largest error {sizes[-1]:.2%}, median {statistics.median(sizes):.2%}"
+        if sizes
+        else "no row ran"
+    )
+    return 0 if sizes and sizes[-1] <= 0.05 else 1
+
+
+def show(line: str) -> None:
+    print(line, flush=True)  # noqa: T201
+
+
+if __name__ == "__main__":
+    sys.exit(main())

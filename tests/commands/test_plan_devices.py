@@ -1,0 +1,196 @@
+"""`lorakit plan-devices`: answers, suggestions that hold what they promise, bad input, and that it is quick."""
+
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorakit.core import environment, planning
+from tests.conftest import Ran, make_llama
+
+Cli = Callable[..., Ran]
+SEED = ("plan-devices", "llama-65b", "--gpus", "8x24GiB", "--quantize", "int8", "--block-size", 600, "--batch-size", 2)
+
+
+def test_the_seeds_question_is_answered(cli: Cli) -> None:
+    """65B in int8 over eight cards of 24 GB, which had to be typed into the seed's get_device_map."""
+    ran = cli(*SEED, "--json")
+    assert ran.code == 0
+    assert set(ran.json) >= {"fits", "device_map", "devices", "peak_bytes", "suggestions"}
+    assert (ran.json["fits"], ran.json["suggestions"]) == (True, [])
+    assert [device["name"] for device in ran.json["devices"]] == [f"cuda:{i}" for i in range(8)]
+    assert all(device["peak_bytes"] == sum(device["bytes"].values()) for device in ran.json["devices"])
+    assert ran.json["peak_bytes"] == max(device["peak_bytes"] for device in ran.json["devices"])
+    assert set(ran.json["device_map"].values()) == set(range(8))
+    shown = cli(*SEED)
+    assert len([line for line in shown.out.splitlines() if line.startswith("cuda:")]) == 8
+    assert re.search(r"It fits: cuda:\d needs \d+\.\d of 24\.0 GiB\.", shown.out)
+    assert "hint: lorakit train --model llama-65b" in shown.err
+
+
+def test_what_does_not_fit_exits_9_with_changes_that_do(cli: Cli) -> None:
+    """Each suggestion is typed as it stands, and then it fits, in the bytes that it promised."""
+    command = ("plan-devices", "llama-7b", "--batch-size", 4, "--no-gradient-checkpointing")
+    ran = cli(*command, "--gpus", "16GiB", "--json")
+    assert ran.code == 9
+    assert ran.json["fits"] is False
+    assert "error: llama-7b: found a need of" in ran.err
+    options = [change["option"] for change in ran.json["suggestions"]]
+    assert {option.split()[0] for option in options} >= {"--gradient-checkpointing", "--gpus"} or options
+    for change in ran.json["suggestions"]:
+        again = cli(*command[:2], *_without(command[2:], change["option"]), *_with("16GiB", change["option"]), "--json")
+        assert (again.code, again.json["peak_bytes"]) == (0, change["peak_bytes"]), change
+    shown = cli(*command, "--gpus", "16GiB")
+    assert shown.code == 9
+    assert all(f"With {option} it would" in shown.out for option in options)
+    assert f"hint: add {options[0]}" in shown.err
+
+
+def _without(command: tuple[Any, ...], option: str) -> list[Any]:
+    kept = [part for part in command if not (part == "--no-gradient-checkpointing" and "checkpointing" in option)]
+    if option.startswith("--batch-size"):
+        at = kept.index("--batch-size")
+        del kept[at : at + 2]
+    return kept
+
+
+def _with(gpus: str, option: str) -> list[str]:
+    return option.split() if option.startswith("--gpus") else ["--gpus", gpus, *option.split()]
+
+
+@pytest.mark.parametrize("setting", ["batch-size", "block-size"])
+def test_auto_takes_the_most_that_fits(setting: str, cli: Cli) -> None:
+    command = ("plan-devices", "llama-3.1-8b", "--gpus", "24GiB", "--quantize", "nf4", "--json")
+    found = cli(*command, f"--{setting}", "auto").json
+    most = found["settings"][setting.replace("-", "_")]
+    assert found["fits"]
+    assert cli(*command, f"--{setting}", most).json["peak_bytes"] == found["peak_bytes"]
+    more = most + (64 if setting == "block-size" else 1)
+    assert cli(*command, f"--{setting}", more).code == 9
+
+
+def test_auto_takes_the_first_way_that_fits(cli: Cli) -> None:
+    def way(model: str, gpus: str, *more: str) -> str:
+        return str(cli("plan-devices", model, "--gpus", gpus, "--parallel", "auto", *more, "--json").json["parallel"])
+
+    assert way("llama-7b", "2x24GiB") == "ddp"
+    assert way("llama-7b", "2x13GiB") == "fsdp"
+    assert way("llama-7b", "24GiB") == "split"
+    assert way("llama-30b", "2x24GiB", "--quantize", "int8") == "split"
+
+
+def test_compare_shows_every_way_with_every_base(cli: Cli) -> None:
+    ran = cli("plan-devices", "llama-2-70b", "--gpus", "4x80GiB", "--compare", "--json")
+    assert [(plan["parallel"], plan["settings"]["quantize"]) for plan in ran.json["compared"]] == [
+        *[(way, base) for way in ("split", "ddp") for base in ("none", "int8", "nf4")],
+        *[("fsdp", base) for base in ("none", "nf4")],
+    ]
+    assert all(plan["tokens_per_second"] > 0 for plan in ran.json["compared"])
+    assert "fsdp" in cli("plan-devices", "llama-2-70b", "--gpus", "4x80GiB", "--compare").out
+
+
+def test_a_plan_is_written_and_nothing_else_is_replaced(cli: Cli, tmp_path: Path) -> None:
+    path = tmp_path / "new" / "plan.json"
+    for _ in range(2):
+        ran = cli(*SEED, "--output", path, "--json")
+        written = json.loads(path.read_text())
+        assert {key: ran.json[key] for key in written} == written
+    path.write_text('{"mine": 1}')
+    ran = cli(*SEED, "--output", path)
+    assert (ran.code, path.read_text()) == (3, '{"mine": 1}')
+
+
+def test_without_gpus_the_machine_is_asked(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "free_gpu_bytes", lambda: [24 * 2**30, 8 * 2**30])
+    ran = cli("plan-devices", "llama-3.2-1b", "--json")
+    assert [device["budget_bytes"] for device in ran.json["devices"]] == [24 * 2**30, 8 * 2**30]
+    monkeypatch.setattr(planning, "free_gpu_bytes", list)
+    ran = cli("plan-devices", "smollm2-135m", "--json")
+    assert set(ran.json["device_map"].values()) == {"cpu"}
+    assert (ran.json["settings"]["dtype"], ran.json["settings"]["attention"]) == ("fp32", "sdpa")
+    assert 2**20 < ran.json["devices"][0]["budget_bytes"] < 2**50
+    assert "no GPU here" in ran.err
+
+
+def test_the_driver_is_asked_without_torch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    driver = tmp_path / "nvidia-smi"
+    driver.write_text("#!/bin/sh\necho 24000\necho 8000\n")
+    driver.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert environment.free_gpu_bytes() == [24000 * 2**20, 8000 * 2**20]
+    driver.write_text("#!/bin/sh\necho no devices; exit 9\n")
+    assert environment.free_gpu_bytes() == []
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert environment.free_gpu_bytes() == []
+
+
+def test_a_folder_and_another_family_are_planned_too(cli: Cli, tmp_path: Path) -> None:
+    ran = cli("plan-devices", make_llama(tmp_path / "tiny"), "--gpus", "1GiB", "--json")
+    assert ran.json["fits"]
+    (tmp_path / "other").mkdir()
+    sizes = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    config = {"model_type": "olmo2", **sizes, "num_attention_heads": 4}
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config))
+    ran = cli("plan-devices", tmp_path / "other", "--gpus", "2GiB", "--json")
+    assert ran.code == 0
+    assert "its activations as those of a Llama layer" in ran.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["llama-7b", "--gpus", "24"], 2, "--gpus: found '24', need sizes with a unit"),
+        (["llama-7b", "--gpus", "0GiB"], 2, "--gpus: found '0GiB', need sizes with a unit"),
+        (["llama-7b", "--gpus", "-24GiB"], 2, "--gpus: found '-24GiB', need sizes with a unit"),
+        (["llama-7b", "--gpus", "24GiB", "--cpu", "8GiB"], 2, "nothing is offloaded"),
+        (["llama-7b", "--gpus", "2x24GiB", "--parallel", "fsdp", "--quantize", "int8"], 2, "found --quantize int8"),
+        (["llama-7b", "--gpus", "24GiB", "--target-modules", "query"], 3, "matches no linear layer of llama-7b"),
+        (["owner/unknown", "--gpus", "24GiB"], 12, "owner/unknown: found no such folder and no answer of the Hub"),
+        (["llama-7b", "--gpus", "100MiB"], 9, "found a need of"),
+        ([], 2, "MODEL: found nothing"),
+    ],
+)
+def test_bad_input_is_an_error_with_a_hint(arguments: list[str], code: int, words: str, cli: Cli) -> None:
+    ran = cli("plan-devices", *arguments)
+    assert ran.code == code
+    assert words in ran.err
+    assert "hint: " in ran.err
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"model_type": "llama", "vocab_size": 320}, "found a config without hidden_size, intermediate_size"),
+        ({}, "found a config without vocab_size"),
+        (
+            {"model_type": "mixtral", "num_local_experts": 8},
+            "found a mixture of 8 experts (mixtral), need a dense model",
+        ),
+        ({"model_type": "nothing-known"}, "found the model type 'nothing-known', which transformers can't lay out"),
+    ],
+)
+def test_a_config_that_cant_be_counted_is_refused(config: dict[str, Any], words: str, cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    ran = cli("plan-devices", tmp_path, "--gpus", "24GiB")
+    assert ran.code == 3
+    assert words in ran.err
+
+
+def test_the_answer_takes_less_than_twice_the_time_of_help_and_no_torch() -> None:
+    def seconds(*arguments: object) -> float:
+        started = time.perf_counter()
+        command = [sys.executable, "-X", "importtime", "-m", "lorakit", *map(str, arguments)]
+        ran = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert not re.search(r"\| +(torch|transformers|numpy)$", ran.stderr, re.MULTILINE)
+        return time.perf_counter() - started
+
+    ratios = [seconds(*SEED) / seconds("plan-devices", "--help") for _ in range(5)]
+    assert statistics.median(ratios) < 2

@@ -1,0 +1,186 @@
+"""Which device holds what: the best cut against every cut, maps that load, plan files that fit their run."""
+
+import itertools
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorakit.core.errors import InputRefused, Mismatch, OutOfMemory
+from lorakit.core.memory import Part, StepMemory, Workload
+from lorakit.core.placement import Device, get_device_map, make_plan, read_plan, refuse_other_plan
+from lorakit.core.shapes import Module, Shape, built_in, config_of, shape_of
+
+GIB = 2**30
+
+
+def workload(**given: Any) -> Workload:
+    usual = {"dtype": "bf16", "quantize": "none", "rank": 16, "target_modules": ("all-linear",), "lora_dropout": 0.0}
+    usual |= {"block_size": 512, "batch_size": 1, "accumulates": False, "gradient_checkpointing": True}
+    return Workload(**{**usual, **given})  # type: ignore[arg-type]
+
+
+def shape(name: str) -> Shape:
+    return shape_of(name, config_of(name))
+
+
+def uneven(rng: random.Random, *, tied: bool) -> Shape:
+    """A model whose layers, embedding and head are of random sizes."""
+    layers = rng.randint(1, 6)
+    sizes = [rng.randint(1, 60) * 2**20 for _ in range(layers)]
+    modules = [Module("embed", "embedding", rng.randint(1, 200) * 2**10, 2**10)]
+    modules += [Module(f"layers.{i}.up_proj", "linear", n // 2**10, 2**10, False, i) for i, n in enumerate(sizes)]
+    modules += [Module("norm", "norm", 64), Module("head", "linear", modules[0].out_features, 2**10)]
+    return Shape("uneven", "any", 64, 128, layers, 4, 4, 16, 1000, tied, "head", tuple(modules), known=False)
+
+
+def smallest_share_by_trying_all(found: Shape, budgets: dict[Device, int], work: Workload) -> float:
+    """How full the fullest device is in the best of all ways to cut the chain embedding, layers, norm and head."""
+    memory, links = StepMemory(found, work), found.num_layers + 2
+
+    def total(start: int, end: int) -> int:
+        if start == end:
+            return 0
+        inside = range(start, end)
+        layers = [link - 1 for link in inside if 0 < link < links - 1]
+        first, stop = (layers[0], layers[-1] + 1) if layers else (0, 0) if start == 0 else (found.num_layers,) * 2
+        embedding, norm = 0 in inside, links - 1 in inside
+        return memory.peak(Part(first, stop, embedding, norm, embedding if found.tied else norm)).total
+
+    ways = itertools.combinations_with_replacement(range(links + 1), len(budgets) - 1)
+    cuts = ([0, *way, links] for way in ways)
+    return min(
+        max(total(a, b) / size for (a, b), size in zip(itertools.pairwise(cut), budgets.values(), strict=True))
+        for cut in cuts
+    )
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_no_cut_leaves_the_fullest_device_emptier(seed: int) -> None:
+    """So that a plan fits exactly when some cut does."""
+    rng = random.Random(seed)
+    found = uneven(rng, tied=seed % 3 == 0)
+    budgets: dict[Device, int] = {i: rng.randint(700, 1500) * 2**20 for i in range(rng.randint(1, 4))}
+    work = workload(quantize=rng.choice(["none", "nf4"]), gradient_checkpointing=seed % 2 == 0)
+    plan = make_plan(found, budgets, work, "split")
+    assert plan.share == pytest.approx(smallest_share_by_trying_all(found, budgets, work), rel=1e-12)
+    assert plan.fits is (plan.share <= 1)
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [True, False])
+def test_no_cut_of_a_real_model_leaves_the_fullest_device_emptier(gradient_checkpointing: bool) -> None:
+    work = workload(gradient_checkpointing=gradient_checkpointing)
+    budgets: dict[Device, int] = {0: 6 * GIB, 1: 9 * GIB, 2: 4 * GIB}
+    for name in ("llama-3-8b", "llama-3.2-1b"):
+        plan = make_plan(shape(name), budgets, work, "split")
+        assert plan.share == pytest.approx(smallest_share_by_trying_all(shape(name), budgets, work), rel=1e-12)
+
+
+@pytest.mark.parametrize("name", built_in())
+def test_a_map_names_every_module_once_and_cuts_no_layer(name: str) -> None:
+    found = shape(name)
+    device_map = get_device_map(found, {0: 80 * GIB, 1: 80 * GIB, 2: 80 * GIB}, workload(quantize="nf4"))
+    for module in found.modules:
+        names = [key for key in device_map if module.name == key or module.name.startswith(f"{key}.")]
+        assert len(names) == 1, module.name
+    layers = [device_map[f"model.layers.{layer}"] for layer in range(found.num_layers)]
+    assert layers == sorted(layers, key=str)
+    embedding, head = device_map["model.embed_tokens"], device_map[found.head]
+    assert str(embedding) <= str(layers[0]) <= str(layers[-1]) <= str(device_map["model.norm"])
+    assert head == (embedding if found.tied else device_map["model.norm"])
+
+
+def test_llama_3_8b_in_nf4_fits_where_greedy_placement_spills_to_the_cpu() -> None:
+    """transformers#46823: embedding and head, unquantized and 1 GB each, exceeded an even share of the weights, so that
+    the first GPUs were passed over and the rest didn't hold the model. Four GPUs of 3 GiB hold it with room."""
+    found, budgets = shape("llama-3-8b"), dict.fromkeys(range(4), 3 * GIB)
+    plan = make_plan(found, budgets, workload(quantize="nf4"), "split")
+    assert plan.fits
+    assert set(plan.device_map.values()) == {0, 1, 2, 3}  # type: ignore[union-attr]
+    assert plan.share < 0.9
+
+
+def test_what_fits_nowhere_is_an_error_with_figures() -> None:
+    with pytest.raises(OutOfMemory, match=r"llama-65b: found \d+\.\d GiB for cuda:\d at best, need at most its 24\.0"):
+        get_device_map(shape("llama-65b"), {0: 24 * GIB, 1: 24 * GIB}, workload())
+
+
+def test_a_smaller_device_gets_less_and_the_map_is_stable() -> None:
+    plan = make_plan(shape("llama-2-13b"), {0: 12 * GIB, 1: 48 * GIB}, workload(), "split")
+    assert plan.fits
+    assert plan.loads[0].bytes.total < plan.loads[1].bytes.total
+    assert plan.loads[0].share == pytest.approx(plan.loads[1].share, abs=0.05)
+    assert make_plan(plan.shape, {0: 12 * GIB, 1: 48 * GIB}, workload(), "split") == plan
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus", "given"),
+    [
+        ("llama-65b", [24] * 8, {"quantize": "int8", "block_size": 600, "batch_size": 2}),  # the seed's question
+        ("llama-65b", [48], {"quantize": "nf4"}),  # QLoRA, Dettmers et al. 2023
+        ("llama-65b", [48], {"quantize": "nf4", "rank": 64}),
+        ("llama-7b", [24], {"quantize": "int8", "batch_size": 2}),  # the seed's statement
+        ("llama-30b", [24], {"quantize": "nf4"}),  # QLoRA: 33B on 24 GB
+    ],
+)
+def test_what_is_known_to_fit_fits(name: str, gpus: list[int], given: dict[str, Any]) -> None:
+    assert make_plan(shape(name), {i: size * GIB for i, size in enumerate(gpus)}, workload(**given), "split").fits
+
+
+@pytest.mark.parametrize(
+    ("name", "gpu", "given"),
+    [
+        ("llama-65b", 48, {"quantize": "int8"}),
+        ("llama-7b", 12, {}),
+        ("llama-7b", 24, {"block_size": 4096, "gradient_checkpointing": False}),
+        ("llama-3-8b", 24, {"block_size": 2048, "loss_tokens": 10**6, "batch_size": 4}),
+    ],
+)
+def test_what_is_known_not_to_fit_does_not(name: str, gpu: int, given: dict[str, Any]) -> None:
+    assert not make_plan(shape(name), {0: gpu * GIB}, workload(**given), "split").fits
+
+
+def test_a_map_loads_and_trains(tmp_path: Path) -> None:
+    """Straight into from_pretrained, for an all-CPU map; what only several GPUs could show isn't run here."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from tests.conftest import make_llama
+
+    folder = make_llama(tmp_path / "model", tie_word_embeddings=True)
+    found = shape_of("tiny", json.loads((folder / "config.json").read_bytes()))
+    device_map = get_device_map(found, {"cpu": 8 * GIB}, workload(dtype="fp32", attention="sdpa"))
+    assert set(device_map.values()) == {"cpu"}
+    model = AutoModelForCausalLM.from_pretrained(folder, device_map=device_map)
+    ids = torch.arange(32)[None]
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+# Plan files
+
+
+def test_a_plan_file_says_which_run_it_is_for(tmp_path: Path) -> None:
+    found, work = shape("llama-7b"), workload()
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(make_plan(found, {0: 24 * GIB}, work, "split").as_json()))
+    plan = read_plan(path)
+    refuse_other_plan(path, plan, found, work)
+    refuse_other_plan(path, plan, replace(found, name="/some/folder"), work)
+    with pytest.raises(Mismatch, match=r"hidden_size: found 4096, asked for 5120"):
+        refuse_other_plan(path, plan, shape("llama-13b"), work)
+    for change in ({"rank": 8}, {"block_size": 1024}, {"quantize": "nf4"}, {"gradient_checkpointing": False}):
+        [name] = change
+        with pytest.raises(Mismatch, match=rf"{name}: found .+, asked for {change[name]!r}"):
+            refuse_other_plan(path, plan, found, replace(work, **change))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 2}', '{"format": 1}'])
+def test_a_file_that_is_no_plan_is_refused(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(content)
+    with pytest.raises(InputRefused):
+        read_plan(path)

@@ -1,0 +1,67 @@
+"""How many bytes of tensors live at once, seen from outside: the reference that memory.py is held against."""
+
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts each storage from the operation that makes it to the moment when it is freed.
+
+    `live` is now, `peak` the most so far. What was there before isn't counted, nor what an operation holds only inside
+    itself.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in _tensors((args, kwargs)):  # unknown yet: made before
+            self._meet(tensor.untyped_storage(), 0)
+        for tensor in _tensors(result):
+            self._meet(tensor.untyped_storage(), tensor.untyped_storage().nbytes())
+        return result
+
+    def _meet(self, storage: torch.UntypedStorage, size: int) -> None:
+        key = storage._cdata
+        if key not in self._known:
+            self._known.add(key)
+            self.live += size
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live -= size
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def saved_bytes(run: Callable[[], torch.Tensor], ignore: Iterable[torch.Tensor]) -> int:
+    """The bytes that autograd keeps for the backward pass of what `run()` computes, each storage once, without those
+    of `ignore` (weights, shared inputs)."""
+    kept: dict[int, int] = {}
+    held: list[torch.Tensor] = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage.nbytes()
+        held.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        held.append(run())
+    for tensor in ignore:
+        kept.pop(tensor.untyped_storage()._cdata, None)
+    return sum(kept.values())
