@@ -86,7 +86,7 @@ TYPED: list[tuple[type[StepConfig], str, dict[str, Any]]] = [
         "--pack none --long split --rank 4 --lora-alpha 7.5 --lora-dropout 0.25 --target-modules q_proj,v_proj "
         "--learning-rate 2e-5 --lr-scheduler-type cosine --warmup-ratio 0.5 --weight-decay 0.125 --max-grad-norm 3 "
         "--batch-size 2 --effective-batch-size 8 --epochs 0.5 --max-steps 7 --no-gradient-checkpointing --seed 9 "
-        "--save-steps 11 --save-total-limit 12 --logging-steps 13 --output /o --overwrite",
+        "--plan /p.json --save-steps 11 --save-total-limit 12 --logging-steps 13 --output /o --overwrite",
         {
             "model": "m",
             "blocks": [],
@@ -124,6 +124,7 @@ TYPED: list[tuple[type[StepConfig], str, dict[str, Any]]] = [
             "max_steps": 7,
             "gradient_checkpointing": False,
             "seed": 9,
+            "plan": "/p.json",
             "save_steps": 11,
             "save_total_limit": 12,
             "logging_steps": 13,

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -18,7 +18,7 @@ from lorakit.core.config import LoraSection
 from lorakit.core.errors import EnvironmentUnusable, InputRefused, first_line, is_out_of_memory
 from lorakit.core.events import Notice, Report
 from lorakit.core.hub import model_folder
-from lorakit.core.shapes import Module, Shape, refuse_experts
+from lorakit.core.shapes import FAMILIES, Module, Shape, refuse_experts, shape_of
 from lorakit.core.tokenization import load_tokenizer, quiet_libraries
 from lorakit.core.weights import Weights, open_weights
 
@@ -48,6 +48,19 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if device.type == "cpu":
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def dtype_name(dtype: torch.dtype) -> Literal["bf16", "fp16", "fp32"]:
+    """What `--dtype` calls a number type."""
+    return "fp32" if dtype is torch.float32 else "bf16" if dtype is torch.bfloat16 else "fp16"
+
+
+def shape_for(name: str, config: Mapping[str, Any]) -> Shape:
+    """The shape of any dense causal language model: of a known family from its config, of another by transformers.
+
+    Raises InputRefused.
+    """
+    return shape_of(name, config) if config.get("model_type") in FAMILIES else meta_shape(name, config)
 
 
 def meta_shape(name: str, config: Mapping[str, Any]) -> Shape:
@@ -108,12 +121,20 @@ def _meta_modules(model: PreTrainedModel, layers: str) -> Iterator[Module]:
             yield Module(name, "buffer", elements, layer=layer)
 
 
-def load_base(weights: Weights, dtype: torch.dtype, device: torch.device, quantize: str = "none") -> PreTrainedModel:
-    """The base model, frozen and in evaluation mode, its linear layers quantized while they are loaded.
+def load_base(
+    weights: Weights,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantize: str = "none",
+    device_map: Mapping[str, int | str] | None = None,
+) -> PreTrainedModel:
+    """The base model, frozen and in evaluation mode, its linear layers quantized while they are loaded; on `device`, or
+    where `device_map` says.
 
     Raises InputRefused where transformers can't build it whole.
     """
     quantization = _quantization(quantize, dtype)
+    places: Any = dict(device_map) if device_map else {"": device} if quantization else None
     try:
         with quiet_libraries():
             model, loaded = AutoModelForCausalLM.from_pretrained(
@@ -125,7 +146,7 @@ def load_base(weights: Weights, dtype: torch.dtype, device: torch.device, quanti
                 trust_remote_code=False,
                 output_loading_info=True,
                 quantization_config=quantization,
-                device_map={"": device} if quantization else None,
+                device_map=places,
             )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         if is_out_of_memory(error):
@@ -143,7 +164,7 @@ def load_base(weights: Weights, dtype: torch.dtype, device: torch.device, quanti
         )
     model.requires_grad_(False)
     model.config.use_cache = False
-    return (model if quantization else model.to(device)).eval()
+    return (model if places else model.to(device)).eval()
 
 
 def _quantization(quantize: str, dtype: torch.dtype) -> BitsAndBytesConfig | None:
