@@ -66,40 +66,40 @@ def shape_for(name: str, config: Mapping[str, Any]) -> Shape:
 def meta_shape(name: str, config: Mapping[str, Any]) -> Shape:
     """The shape of any causal language model that transformers itself lays out, on the meta device: no weights.
 
-    Raises InputRefused: a model that transformers doesn't know, a mixture of experts, no decoder layers.
+    Raises InputRefused: a model that transformers doesn't know, a mixture of experts, no decoder layers or no head.
     """
     refuse_experts(name, config)
     family = str(config.get("model_type"))
+    fields = {key: value for key, value in config.items() if key not in ("model_type", "auto_map")}
     try:
         with quiet_libraries(), torch.device("meta"):
-            fields = {key: value for key, value in config.items() if key not in ("model_type", "auto_map")}
             known = AutoConfig.for_model(family, **fields)
             model = AutoModelForCausalLM.from_config(known, trust_remote_code=False)
         text = model.config.get_text_config()
         layers = next(key for key, found in model.named_modules() if isinstance(found, torch.nn.ModuleList))
+        head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+        heads = int(text.num_attention_heads)
+        return Shape(
+            name=name,
+            model_type=family,
+            hidden_size=int(text.hidden_size),
+            intermediate_size=int(getattr(text, "intermediate_size", None) or 4 * text.hidden_size),
+            num_layers=len(model.get_submodule(layers)),
+            num_heads=heads,
+            num_kv_heads=int(getattr(text, "num_key_value_heads", None) or heads),
+            head_dim=int(getattr(text, "head_dim", None) or text.hidden_size // heads),
+            vocab_size=int(embedding.weight.shape[0]),
+            tied=head.weight is embedding.weight,
+            head=next(key for key, module in model.named_modules() if module is head),
+            modules=tuple(_meta_modules(model, layers)),
+            known=False,
+        )
     except (ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, StopIteration) as error:
         raise InputRefused(
             f"{name}: found the model type {family!r}, which transformers can't lay out ({first_line(error)}); "
             "need a decoder-only language model",
             "choose a model of the Llama family; code that comes with a model is never run",
         ) from None
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    heads = int(text.num_attention_heads)
-    return Shape(
-        name=name,
-        model_type=family,
-        hidden_size=int(text.hidden_size),
-        intermediate_size=int(getattr(text, "intermediate_size", None) or 4 * text.hidden_size),
-        num_layers=len(model.get_submodule(layers)),
-        num_heads=heads,
-        num_kv_heads=int(getattr(text, "num_key_value_heads", None) or heads),
-        head_dim=int(getattr(text, "head_dim", None) or text.hidden_size // heads),
-        vocab_size=int(embedding.weight.shape[0]),
-        tied=head.weight is embedding.weight,
-        head=next(key for key, module in model.named_modules() if module is head),
-        modules=tuple(_meta_modules(model, layers)),
-        known=False,
-    )
 
 
 def _meta_modules(model: PreTrainedModel, layers: str) -> Iterator[Module]:

@@ -81,9 +81,11 @@ class Plan:
         return max(load.bytes.allocated for load in self.loads)
 
     @property
-    def tokens_per_second(self) -> float:
+    def tokens_per_second(self) -> float | None:
         """A rough speed on H200s, to compare plans by: a frozen base takes 4 operations a parameter and token, with a
         second forward pass 6. Layers split over devices run one device at a time; copies and shards run at once."""
+        if self.loads[0].device == "cpu":
+            return None
         operations = (6 if self.work.gradient_checkpointing else 4) * self.shape.parameters
         at_once = 1 if self.parallel == "split" else len(self.loads)
         return at_once * _OPERATIONS_PER_SECOND[self.work.quantize] / operations
@@ -99,7 +101,7 @@ class Plan:
             "parallel": self.parallel,
             "fits": self.fits,
             "peak_bytes": self.peak_bytes,
-            "tokens_per_second": round(self.tokens_per_second),
+            "tokens_per_second": self.tokens_per_second,
             "devices": [
                 {
                     "name": load.name,
