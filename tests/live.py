@@ -1,5 +1,6 @@
 """How many bytes of tensors live at once, seen from outside: the reference that memory.py is held against."""
 
+import itertools
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -65,3 +66,14 @@ def saved_bytes(run: Callable[[], torch.Tensor], ignore: Iterable[torch.Tensor])
     for tensor in ignore:
         kept.pop(tensor.untyped_storage()._cdata, None)
     return sum(kept.values())
+
+
+def allocated_peak(run: Callable[[], object]) -> int:
+    """The most bytes that torch's CPU allocator held for `run()` at once, as the profiler saw each of its calls; what
+    operations hold inside themselves counts too."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
+        run()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]  # type: ignore[union-attr]
+    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(itertools.accumulate(sizes, initial=0))

@@ -84,10 +84,11 @@ TYPED: list[tuple[type[StepConfig], str, dict[str, Any]]] = [
         "--split s --subset u --revision r --format alpaca --columns instruction=a,output=b --max-rows 7 "
         "--validation-split 0.125 --validation-dataset /d/v.csv --on-bad-row skip --num-workers 2 "
         "--model m --dataset /d/r.jsonl --dtype bf16 --attention sdpa --quantize nf4 --block-size 32 --train-on all "
-        "--template chat --pack none --long split --rank 4 --lora-alpha 7.5 --lora-dropout 0.25 --target-modules q_proj,v_proj "
-        "--learning-rate 2e-5 --lr-scheduler-type cosine --warmup-ratio 0.5 --weight-decay 0.125 --max-grad-norm 3 "
+        "--template chat --pack none --long split --rank 4 --lora-alpha 7.5 --lora-dropout 0.25 "
+        "--target-modules q_proj,v_proj --learning-rate 2e-5 --lr-scheduler-type cosine --warmup-ratio 0.5 "
+        "--weight-decay 0.125 --max-grad-norm 3 "
         "--batch-size 2 --effective-batch-size 8 --epochs 0.5 --max-steps 7 --no-gradient-checkpointing --seed 9 "
-        "--save-steps 11 --save-total-limit 12 --logging-steps 13 --output /o --overwrite",
+        "--plan /p.json --save-steps 11 --save-total-limit 12 --logging-steps 13 --output /o --overwrite",
         {
             "model": "m",
             "blocks": [],
@@ -126,6 +127,7 @@ TYPED: list[tuple[type[StepConfig], str, dict[str, Any]]] = [
             "max_steps": 7,
             "gradient_checkpointing": False,
             "seed": 9,
+            "plan": "/p.json",
             "save_steps": 11,
             "save_total_limit": 12,
             "logging_steps": 13,

@@ -19,15 +19,12 @@ def run(config: "PlanDevicesConfig", console: Console) -> None:
 
     planned = plan_devices(config, console.report)
     plan, work = planned.plan, planned.plan.work
-    base = work.dtype if work.quantize == "none" else work.quantize
-    console.say(
-        f"{plan.shape.name}: {plan.shape.parameters / 1e9:.2f} B parameters, {base} base, rank {work.rank}, "
-        f"{work.batch_size} × {work.block_size:,} tokens, {plan.parallel}"
-    )
+    settings = f"{work.quantize}/{work.dtype} base, rank {work.rank}, {work.batch_size} × {work.block_size:,} tokens"
+    console.say(f"{plan.shape.name}: {plan.shape.parameters / 1e9:.2f} B parameters, {settings}, {plan.parallel}")
     console.bars([(load.name, _parts(load), f"{_gib(load):>12}") for load in plan.loads])
     console.say("w weights, L LoRA with gradients and optimizer, a activations and loss, c CUDA and allocator")
     if planned.compared:
-        header = ["strategy", "base", "fits", "fullest device", "", "on H200s"]
+        header = ("strategy", "base", "fits", "fullest device", "", "on H200s")
         console.table("compared:", header, [_row(other) for other in planned.compared])
     fullest = max(plan.loads, key=lambda load: load.share)
     console.say(f"{'It fits' if plan.fits else 'It does not fit'}: {fullest.name} needs {_gib(fullest)}.")
@@ -56,5 +53,6 @@ def _parts(load: "Load") -> dict[str, float]:
 
 
 def _row(plan: "Plan") -> list[str]:
-    fits, speed = "yes" if plan.fits else "no", f"≈ {plan.tokens_per_second:,.0f} tokens/s"
-    return [plan.parallel, plan.work.quantize, fits, f"{plan.peak_bytes / 2**30:.1f} GiB", f"{plan.share:.0%}", speed]
+    speed = f"≈ {plan.tokens_per_second:,.0f} tokens/s" if plan.tokens_per_second else ""
+    figures = [f"{plan.peak_bytes / 2**30:.1f} GiB", f"{plan.share:.0%}", speed]
+    return [plan.parallel, plan.work.quantize, "yes" if plan.fits else "no", *figures]

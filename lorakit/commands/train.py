@@ -34,12 +34,13 @@ def run(config: "TrainConfig", console: Console) -> None:
     target = config.output.output or Path("runs").absolute() / f"{Path(config.model.model).name}-{blocks[0].name}"
     with Signals() as signals:
         trained = train(config, target, blocks, console.report, lambda: signals.asked)
+    planned = f", {trained.planned_bytes / 2**30:.2f} planned for tensors" if trained.planned_bytes else ""
     console.summary(
         {
             "adapter": f"{trained.path}{' (already done)' if trained.already_done else ''}",
             "loss": f"{trained.first_loss:.4f} → {trained.last_loss:.4f} in {trained.steps:,} steps",
             "speed": f"{trained.tokens_per_second:,.0f} tokens/s, {trained.seconds:.1f} s",
-            "peak memory": f"{trained.peak_bytes / 2**30:.2f} GiB",
+            "peak memory": f"{trained.peak_bytes / 2**30:.2f} GiB{planned}",
         }
     )
     console.result(vars(trained))

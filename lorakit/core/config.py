@@ -339,6 +339,17 @@ class BatchSection(Section):
         return self
 
 
+class PlanFileSection(Section):
+    title = "Devices"
+    plan: PathSetting | None = setting(
+        None,
+        "Plan made by `lorakit plan-devices --output`: puts the layers where it says. A plan for other settings is "
+        "refused.",
+        metavar="FILE",
+        decides_result=False,
+    )
+
+
 class SavingSection(Section):
     title = "Saving and logging"
     save_steps: int = setting(100, "Optimizer steps between checkpoints.", ge=1, decides_result=False)
@@ -658,6 +669,7 @@ class TrainConfig(StepConfig):
     lora: LoraSection
     optimizer: OptimizerSection
     batch: BatchSection
+    devices: PlanFileSection
     saving: SavingSection
     output: OutputSection
 

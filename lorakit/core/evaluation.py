@@ -46,7 +46,6 @@ def loss_sum(model: Any, batch: Batch, chunk_tokens: int = LOSS_TOKENS) -> Tenso
     `chunk_tokens` of them at a time, and are computed again in the backward pass.
     """
     device = model.get_input_embeddings().weight.device
-    predicting_BT = torch.from_numpy(batch.trained_BT[:, 1:]).to(device)
     ids_BT = torch.from_numpy(batch.ids_BT).to(device)
     positions_BT = torch.from_numpy(batch.positions_BT).to(device)
     whole = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -56,12 +55,14 @@ def loss_sum(model: Any, batch: Batch, chunk_tokens: int = LOSS_TOKENS) -> Tenso
         lengths = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends}
         lengths |= {"max_length_q": batch.longest, "max_length_k": batch.longest}
     inputs = {"input_ids": ids_BT, "position_ids": positions_BT, "use_cache": False, **lengths}
-    if any(getattr(whole.config, field, None) for field in _CHANGES_LOGITS):
-        logits_BTV = model(**inputs).logits
-        return cross_entropy(logits_BTV[:, :-1][predicting_BT].float(), ids_BT[:, 1:][predicting_BT], reduction="sum")
-    output = whole.base_model(**inputs)
+    as_it_is = any(getattr(whole.config, field, None) for field in _CHANGES_LOGITS)
+    output = (model if as_it_is else whole.base_model)(**inputs)
+    last_device = output[0].device  # where layers are split over devices, another than the first
+    predicting_BT = torch.from_numpy(batch.trained_BT[:, 1:]).to(last_device)
+    targets_N = ids_BT[:, 1:].to(last_device)[predicting_BT]
+    if as_it_is:
+        return cross_entropy(output.logits[:, :-1][predicting_BT].float(), targets_N, reduction="sum")
     hidden_NH = output.last_hidden_state[:, :-1][predicting_BT]
-    targets_N = ids_BT[:, 1:][predicting_BT].to(hidden_NH.device)
     del output
     losses = [
         checkpoint(_chunk_loss, whole.get_output_embeddings(), hidden_CH, targets_C, use_reentrant=False)
@@ -71,7 +72,8 @@ def loss_sum(model: Any, batch: Batch, chunk_tokens: int = LOSS_TOKENS) -> Tenso
 
 
 def _chunk_loss(head: Any, hidden_CH: Tensor, targets_C: Tensor) -> Tensor:
-    return cross_entropy(head(hidden_CH).float(), targets_C, reduction="sum")
+    logits_CV = head(hidden_CH)
+    return cross_entropy(logits_CV.float(), targets_C.to(logits_CV.device), reduction="sum")
 
 
 def evaluate(config: EvaluateConfig, report: Report) -> Evaluation:

@@ -28,7 +28,7 @@ SLACK_SHARE = 0.03
 """Share of what comes and goes that torch's allocator holds in pieces too small to use."""
 
 _ROUNDING = 512  # bytes, of every allocation: kMinBlockSize of torch's CUDACachingAllocator
-_CUBLAS_BYTES = 2 * 32 * 2**20  # a workspace for the forward and for the backward thread; 32 MiB on Hopper (CUDABlas)
+_CUBLAS_BYTES = 2 * 32 * 2**20  # for the forward and the backward thread each; 32 MiB on Hopper: CublasHandlePool.cpp
 _ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj")
 _MLP_INPUTS = ("gate_proj", "up_proj")
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -19,7 +19,7 @@ from lorakit.core.config import LoraSection
 from lorakit.core.errors import EnvironmentUnusable, InputRefused, first_line, is_out_of_memory
 from lorakit.core.events import Notice, Report
 from lorakit.core.hub import model_folder
-from lorakit.core.shapes import Module, Shape, refuse_experts
+from lorakit.core.shapes import FAMILIES, Module, Shape, refuse_experts, shape_of
 from lorakit.core.tokenization import load_tokenizer, quiet_libraries
 from lorakit.core.weights import Weights, open_weights
 
@@ -63,43 +63,56 @@ def load_config(folder: Path) -> Any:
         ) from None
 
 
+def dtype_name(dtype: torch.dtype) -> Literal["bf16", "fp16", "fp32"]:
+    """What `--dtype` calls a number type."""
+    return "fp32" if dtype is torch.float32 else "bf16" if dtype is torch.bfloat16 else "fp16"
+
+
+def shape_for(name: str, config: Mapping[str, Any]) -> Shape:
+    """The shape of any dense causal language model: of a known family from its config, of another by transformers.
+
+    Raises InputRefused.
+    """
+    return shape_of(name, config) if config.get("model_type") in FAMILIES else meta_shape(name, config)
+
+
 def meta_shape(name: str, config: Mapping[str, Any]) -> Shape:
     """The shape of any causal language model that transformers itself lays out, on the meta device: no weights.
 
-    Raises InputRefused: a model that transformers doesn't know, a mixture of experts, no decoder layers.
+    Raises InputRefused: a model that transformers doesn't know, a mixture of experts, no decoder layers or no head.
     """
     refuse_experts(name, config)
     family = str(config.get("model_type"))
+    fields = {key: value for key, value in config.items() if key not in ("model_type", "auto_map")}
     try:
         with quiet_libraries(), torch.device("meta"):
-            fields = {key: value for key, value in config.items() if key not in ("model_type", "auto_map")}
             known = AutoConfig.for_model(family, **fields)
             model = AutoModelForCausalLM.from_config(known, trust_remote_code=False)
         text = model.config.get_text_config()
         layers = next(key for key, found in model.named_modules() if isinstance(found, torch.nn.ModuleList))
+        head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+        heads = int(text.num_attention_heads)
+        return Shape(
+            name=name,
+            model_type=family,
+            hidden_size=int(text.hidden_size),
+            intermediate_size=int(getattr(text, "intermediate_size", None) or 4 * text.hidden_size),
+            num_layers=len(model.get_submodule(layers)),
+            num_heads=heads,
+            num_kv_heads=int(getattr(text, "num_key_value_heads", None) or heads),
+            head_dim=int(getattr(text, "head_dim", None) or text.hidden_size // heads),
+            vocab_size=int(embedding.weight.shape[0]),
+            tied=head.weight is embedding.weight,
+            head=next(key for key, module in model.named_modules() if module is head),
+            modules=tuple(_meta_modules(model, layers)),
+            known=False,
+        )
     except (ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, StopIteration) as error:
         raise InputRefused(
             f"{name}: found the model type {family!r}, which transformers can't lay out ({first_line(error)}); "
             "need a decoder-only language model",
             "choose a model of the Llama family; code that comes with a model is never run",
         ) from None
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    heads = int(text.num_attention_heads)
-    return Shape(
-        name=name,
-        model_type=family,
-        hidden_size=int(text.hidden_size),
-        intermediate_size=int(getattr(text, "intermediate_size", None) or 4 * text.hidden_size),
-        num_layers=len(model.get_submodule(layers)),
-        num_heads=heads,
-        num_kv_heads=int(getattr(text, "num_key_value_heads", None) or heads),
-        head_dim=int(getattr(text, "head_dim", None) or text.hidden_size // heads),
-        vocab_size=int(embedding.weight.shape[0]),
-        tied=head.weight is embedding.weight,
-        head=next(key for key, module in model.named_modules() if module is head),
-        modules=tuple(_meta_modules(model, layers)),
-        known=False,
-    )
 
 
 def _meta_modules(model: PreTrainedModel, layers: str) -> Iterator[Module]:
@@ -121,12 +134,20 @@ def _meta_modules(model: PreTrainedModel, layers: str) -> Iterator[Module]:
             yield Module(name, "buffer", elements, layer=layer)
 
 
-def load_base(weights: Weights, dtype: torch.dtype, device: torch.device, quantize: str = "none") -> PreTrainedModel:
-    """The base model, frozen and in evaluation mode, its linear layers quantized while they are loaded.
+def load_base(
+    weights: Weights,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantize: str = "none",
+    device_map: Mapping[str, int | str] | None = None,
+) -> PreTrainedModel:
+    """The base model, frozen and in evaluation mode, its linear layers quantized while they are loaded; on `device`, or
+    where `device_map` says.
 
     Raises InputRefused where transformers can't build it whole.
     """
     quantization = _quantization(quantize, dtype)
+    places: Any = dict(device_map) if device_map else {"": device} if quantization else None
     try:
         with quiet_libraries():
             model, loaded = AutoModelForCausalLM.from_pretrained(
@@ -138,7 +159,7 @@ def load_base(weights: Weights, dtype: torch.dtype, device: torch.device, quanti
                 trust_remote_code=False,
                 output_loading_info=True,
                 quantization_config=quantization,
-                device_map={"": device} if quantization else None,
+                device_map=places,
             )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, StrictDataclassError) as error:
         if is_out_of_memory(error):
@@ -156,7 +177,7 @@ def load_base(weights: Weights, dtype: torch.dtype, device: torch.device, quanti
         )
     model.requires_grad_(False)
     model.config.use_cache = False
-    return (model if quantization else model.to(device)).eval()
+    return (model if places else model.to(device)).eval()
 
 
 def _quantization(quantize: str, dtype: torch.dtype) -> BitsAndBytesConfig | None:

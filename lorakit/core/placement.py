@@ -7,13 +7,13 @@ as can be; `ddp` puts all of it on every device, `fsdp` a share of it.
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from lorakit import __version__
 from lorakit.core.config import differences
-from lorakit.core.errors import InputRefused, Mismatch, OutOfMemory
+from lorakit.core.errors import EnvironmentUnusable, InputRefused, Mismatch, OutOfMemory
 from lorakit.core.memory import Bytes, Part, StepMemory, Workload
 from lorakit.core.shapes import Shape
 from lorakit.core.weights import read_json_object
@@ -81,9 +81,11 @@ class Plan:
         return max(load.bytes.allocated for load in self.loads)
 
     @property
-    def tokens_per_second(self) -> float:
+    def tokens_per_second(self) -> float | None:
         """A rough speed on H200s, to compare plans by: a frozen base takes 4 operations a parameter and token, with a
         second forward pass 6. Layers split over devices run one device at a time; copies and shards run at once."""
+        if self.loads[0].device == "cpu":
+            return None
         operations = (6 if self.work.gradient_checkpointing else 4) * self.shape.parameters
         at_once = 1 if self.parallel == "split" else len(self.loads)
         return at_once * _OPERATIONS_PER_SECOND[self.work.quantize] / operations
@@ -99,7 +101,7 @@ class Plan:
             "parallel": self.parallel,
             "fits": self.fits,
             "peak_bytes": self.peak_bytes,
-            "tokens_per_second": round(self.tokens_per_second),
+            "tokens_per_second": self.tokens_per_second,
             "devices": [
                 {
                     "name": load.name,
@@ -209,6 +211,38 @@ def layer_name(module: str, layer: int) -> str:
     """The name of the decoder layer that a module lies in."""
     head, _, _ = f"{module}.".partition(f".{layer}.")
     return f"{head}.{layer}"
+
+
+# A run's plan
+
+
+def plan_run(shape: Shape, work: Workload, free: Budgets, path: Path | None) -> Plan:
+    """The plan that a run follows: that of the file, or all of the model on the first device. `free` is the memory that
+    each device has now; the plan's budgets are these.
+
+    Raises Mismatch (a plan for another model or other settings), InputRefused (no plan, or one that isn't for one
+    process), EnvironmentUnusable (a device that isn't here), DiskFailed.
+    """
+    if path is None:
+        device = next(iter(free))
+        return make_plan(shape, {device: free[device]}, work, "split")
+    plan = read_plan(path)
+    if plan["device_map"] is None and len(plan["devices"]) > 1:
+        raise InputRefused(
+            f"{path}: found a plan for {plan['parallel']} over {len(plan['devices'])} devices, need split",
+            "this version trains in one process: `lorakit plan-devices --parallel split`",
+        )
+    names = {f"cuda:{device}" if device != "cpu" else "cpu": device for device in free}
+    lacking = [device["name"] for device in plan["devices"] if device["name"] not in names]
+    if lacking:
+        raise EnvironmentUnusable(
+            f"{path}: found {', '.join(names)} on this machine, need {', '.join(lacking)} too",
+            "plan for this machine: `lorakit plan-devices` without --gpus",
+        )
+    refuse_other_plan(path, plan, shape, work)
+    devices = [names[device["name"]] for device in plan["devices"]]
+    made = make_plan(shape, {device: free[device] for device in devices}, work, "split")
+    return replace(made, device_map=plan["device_map"] or made.device_map)
 
 
 # The plan file

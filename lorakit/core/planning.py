@@ -88,10 +88,10 @@ def find_shape(name: str, report: Report) -> Shape:
     """The shape of a built-in model, a folder's or the Hub's. Raises InputRefused, HubFailed."""
     config = config_of(name)
     if config.get("model_type") in FAMILIES or not config.get("model_type"):
-        return shape_of(name, config)
-    from lorakit.core.model import meta_shape
+        return shape_of(name, config)  # without torch
+    from lorakit.core.model import shape_for
 
-    shape = meta_shape(name, config)
+    shape = shape_for(name, config)
     report(Notice(f"{name}: its weights are counted exactly, its activations as those of a Llama layer of its sizes"))
     return shape
 

@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +33,25 @@ from lorakit.core.artifacts import Artifact
 from lorakit.core.attention import apply
 from lorakit.core.blocks import Blocks
 from lorakit.core.config import TrainConfig
-from lorakit.core.environment import let_gpu_memory_grow
-from lorakit.core.errors import ArtifactDamaged, Mismatch, NonFinite, OutOfMemory, Stopped, first_line, is_out_of_memory
+from lorakit.core.environment import free_ram_bytes, let_gpu_memory_grow
+from lorakit.core.errors import (
+    ArtifactDamaged,
+    InputRefused,
+    Mismatch,
+    NonFinite,
+    OutOfMemory,
+    Stopped,
+    first_line,
+    is_out_of_memory,
+)
 from lorakit.core.evaluation import loss_sum
 from lorakit.core.events import Notice, Progress, Report
 from lorakit.core.hub import model_folder
+from lorakit.core.memory import Workload
 from lorakit.core.model import (
     add_lora,
     checkpoint_activations,
+    dtype_name,
     leave_casts_to_autocast,
     load_base,
     lora_parameters,
@@ -48,7 +59,9 @@ from lorakit.core.model import (
     pick_dtype,
     require_device,
     require_vocabulary,
+    shape_for,
 )
+from lorakit.core.placement import Budgets, Plan, plan_run
 from lorakit.core.tokenization import load_tokenizer, spec_of, tokenizer_files
 from lorakit.core.weights import Weights, open_weights
 
@@ -68,7 +81,8 @@ ShouldStop = Callable[[], str | None]
 
 @dataclass(frozen=True)
 class Trained:
-    """The result of `train`. `peak_bytes` is the GPU's peak, or the process's on the CPU."""
+    """The result of `train`. `peak_bytes` is the fullest GPU's peak, or the process's on the CPU; `planned_bytes` what
+    tensors were planned to take, None where a model can't be planned."""
 
     path: Path
     steps: int
@@ -80,6 +94,7 @@ class Trained:
     resumed_from: int
     attention: str
     already_done: bool
+    planned_bytes: int | None = None
 
 
 @dataclass
@@ -196,7 +211,9 @@ class _Run:
                 f"need those of {config.model.model}",
                 f"`lorakit prepare … --tokenizer {config.model.model}`",
             )
-        base = load_base(weights, dtype, self.device, config.model.quantize)
+        self.plan = self._plan(weights, dtype)
+        device_map = self.plan.device_map if self.plan and config.devices.plan else None
+        base = load_base(weights, dtype, self.device, config.model.quantize, device_map)
         attention = str(checkpoint.facts["attention"]) if checkpoint is not None else config.model.attention
         self.state.attention = apply(base, attention, report)
         report(Notice(f"attention: {self.state.attention}"))
@@ -228,6 +245,29 @@ class _Run:
         if checkpoint is not None:
             self._load(checkpoint)
         self.resumed_from = self.state.step
+
+    def _plan(self, weights: Weights, dtype: torch.dtype) -> Plan | None:
+        """What the run is going to take, said where that is more than there is; None where it can't be planned."""
+        config, path = self.config, self.config.devices.plan
+        try:
+            shape = shape_for(config.model.model, weights.config)
+        except InputRefused:
+            if path is not None:
+                raise
+            return None
+        work = Workload.of(config, dtype_name(dtype), self.blocks.size, config.batch.batch_size)
+        work = replace(work, attention="sdpa" if self.device.type == "cpu" else "varlen")
+        free: Budgets = {"cpu": free_ram_bytes()}
+        if self.device.type == "cuda":
+            free = {number: torch.cuda.mem_get_info(number)[0] for number in range(torch.cuda.device_count())}
+        plan = plan_run(shape, work, free, path)
+        if not plan.fits:
+            load = max(plan.loads, key=lambda load: load.share)
+            needs = (
+                f"planned {load.bytes.total / 2**30:.1f} GiB on {load.name}, found {load.budget_bytes / 2**30:.1f} free"
+            )
+            self.report(Notice(f"{needs}: this run will likely run out of memory; `lorakit plan-devices` helps"))
+        return plan
 
     def run(self, should_stop: ShouldStop) -> Trained:
         disk.make_folder(self.folder / CHECKPOINTS)
@@ -384,6 +424,7 @@ class _Run:
             "last_loss": state.last_loss,
             "tokens_per_second": state.tokens / max(state.seconds, 1e-9),
             "peak_bytes": _peak_bytes(self.device),
+            "planned_bytes": self.plan.allocated_bytes if self.plan else None,
             "seconds": state.seconds,
             "resumed_from": self.resumed_from,
             "attention": state.attention,
@@ -438,7 +479,7 @@ def _seed(*parts: int) -> int:
 
 def _peak_bytes(device: torch.device) -> int:
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
+        return max(torch.cuda.max_memory_allocated(number) for number in range(torch.cuda.device_count()))
     import resource
 
     # kilobytes on Linux, bytes on macOS: getrusage(2) of each

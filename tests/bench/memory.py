@@ -7,7 +7,6 @@ said. `--tiny` runs the same code on the CPU in seconds, with live tensors count
 
 import argparse
 import gc
-import inspect
 import json
 import statistics
 import sys
@@ -25,6 +24,7 @@ let_gpu_memory_grow()  # before torch asks
 import torch  # noqa: E402
 
 from lorakit.core import training  # noqa: E402
+from lorakit.core.attention import apply  # noqa: E402
 from lorakit.core.blocks import Batch  # noqa: E402
 from lorakit.core.config import TrainConfig  # noqa: E402
 from lorakit.core.memory import Bytes, Part, StepMemory, Workload  # noqa: E402
@@ -91,6 +91,7 @@ TINY_ROWS = [
     Row("tiny", "nf4", 64, 2, True, False, 8),
     Row("tiny", "int8", 64, 2, True, True, 8),
 ]
+SPREAD = 0.005
 TINY = {"model_type": "llama", "vocab_size": 1000, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 3}
 TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2}
 
@@ -120,7 +121,8 @@ def workload(row: Row, device: torch.device) -> Workload:
 
 
 def random_base(row: Row, device: torch.device) -> Any:
-    """A model of real shape as load_base gives it: frozen, quantized, in bf16, with random weights made in place."""
+    """A model of real shape as load_base gives it: frozen, quantized, in bf16, with random weights made in place. They
+    are small, so that LLM.int8 finds no outliers, whose columns it would keep apart: real models have few."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     fields = {key: value for key, value in config_for(row).items() if key not in ("ids", "model_type")}
@@ -136,7 +138,7 @@ def random_base(row: Row, device: torch.device) -> Any:
         else:
             for key, parameter in list(module.named_parameters(recurse=False)):
                 made = torch.empty(parameter.shape, dtype=torch.bfloat16, device=device)
-                made = made.fill_(1) if made.dim() == 1 else made.normal_(0, 0.02)
+                made = made.fill_(1) if made.dim() == 1 else made.normal_(0, SPREAD)
                 setattr(module, key, torch.nn.Parameter(made, requires_grad=False))
     with torch.device(device):
         model.model.rotary_emb = type(model.model.rotary_emb)(config)
@@ -160,7 +162,7 @@ def quantized(linear: Any, quantize: str, device: torch.device) -> Any:
                 size[1], size[0], bias, compute_dtype=torch.bfloat16, compress_statistics=True, quant_type=quantize
             )
     values = torch.empty(size, dtype=torch.float16 if quantize == "int8" else torch.bfloat16, device=device)
-    values.normal_(0, 0.02)
+    values.normal_(0, SPREAD)
     if quantize == "int8":
         made.weight = bnb.nn.Int8Params(values, requires_grad=False, has_fp16_weights=False).to(device)
     else:
@@ -169,37 +171,18 @@ def quantized(linear: Any, quantize: str, device: torch.device) -> Any:
     return made
 
 
-def attend_by_varlen(model: Any, row: Row, device: torch.device) -> None:
-    """Flash attention for variable lengths, every block a document, as training does it."""
-    from torch.nn.attention.varlen import varlen_attn
-    from transformers import AttentionInterface
-
-    ends = torch.arange(row.batch + 1, dtype=torch.int32, device=device) * row.block
-    takes = inspect.signature(varlen_attn).parameters
-    how: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in takes else {"is_causal": True}
-
-    def attend(module: Any, query: Any, key: Any, value: Any, mask: Any, **_: Any) -> Any:
-        q_THD, k_THD, v_THD = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
-        gqa = {"enable_gqa": q_THD.shape[1] != k_THD.shape[1]} if "enable_gqa" in takes else {}
-        out_THD = varlen_attn(q_THD, k_THD, v_THD, ends, ends, row.block, row.block, **how, **gqa)
-        return out_THD.view(query.shape[0], query.shape[2], *out_THD.shape[1:]), None
-
-    AttentionInterface.register("varlen_bench", attend)
-    model.set_attn_implementation("varlen_bench")
-
-
 # The step
 
 
 class RandomBlocks:
-    """Blocks of random tokens, all of them trained."""
+    """Blocks of random tokens, two documents each, nearly all of them trained."""
 
     def __init__(self, row: Row, vocab_size: int) -> None:
         self.size, self._vocab_size = row.block, vocab_size
 
     def batch(self, indices: list[int]) -> Batch:
         ids = np.random.default_rng(indices[0]).integers(0, self._vocab_size, (len(indices), self.size))
-        positions = np.tile(np.arange(self.size), (len(indices), 1))
+        positions = np.tile(np.arange(self.size) % (self.size // 2), (len(indices), 1))
         return Batch(ids, positions, positions > 0)
 
 
@@ -295,7 +278,7 @@ def rows_in_turn(rows: list[Row], device: torch.device) -> Iterator[tuple[Row, A
             torch.cuda.empty_cache()
         for row in mine:
             if device.type == "cuda":
-                attend_by_varlen(base, row, device)
+                apply(base, "varlen")
             yield row, base, shape_of(row.model, config_for(row))
         del base
         gc.collect()

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -460,3 +461,86 @@ def test_checkpointing_leaves_each_layers_input_alone(quantize: str, tiny_llama:
             alive.append(counted.live)
         del hidden
     assert alive[1] - alive[0] == ids.numel() * base.config.hidden_size * 4
+
+
+# Plans
+
+
+@pytest.fixture
+def plan(cli: Cli, tiny_llama: Path, tmp_path: Path) -> Callable[..., Path]:
+    """A plan file for the tiny model, by the command: plan(options…)."""
+
+    def run(*options: object, model: object = tiny_llama) -> Path:
+        path = tmp_path / "plan.json"
+        given = (model, "--block-size", 128, "--output", path, *options)
+        assert cli("plan-devices", *(given if "--gpus" in options else (*given, "--cpu", "8GiB"))).code == 0
+        return path
+
+    return run
+
+
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+def test_a_run_by_a_plan_is_the_run_without(
+    quantize: str, train: Callable[..., Ran], plan: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Loaded by the plan's device map, all of it on the CPU here, it gives the same adapter in the planned bytes."""
+    command = ("--quantize", quantize, "--max-steps", 3)
+    without = train("without", *command)
+    path = plan("--quantize", quantize)
+    ran = train("with", *command, "--plan", path)
+    assert (ran.code, without.code) == (0, 0)
+    assert adapter_bytes(tmp_path / "with") == adapter_bytes(tmp_path / "without")
+    [device] = json.loads(path.read_text())["devices"]
+    outside = device["bytes"]["context"] + device["bytes"]["slack"]
+    assert ran.json["planned_bytes"] == without.json["planned_bytes"] == device["peak_bytes"] - outside
+    assert train("with", *command, "--plan", path).json["already_done"]
+
+
+def test_measured_stands_beside_planned(cli: Cli, tiny_llama: Path, blocks: Path, tmp_path: Path) -> None:
+    ran = cli("train", "--model", tiny_llama, "--blocks", blocks, "--max-steps", 1, "--output", tmp_path / "run")
+    assert re.search(r"peak memory +\d+\.\d\d GiB, \d+\.\d\d planned for tensors", ran.out)
+
+
+@pytest.mark.parametrize(
+    ("options", "difference"),
+    [
+        (("--rank", 8), "rank: found 8, asked for 16"),
+        (("--batch-size", 2), "batch_size: found 2, asked for 1"),
+        (("--quantize", "int8"), "quantize: found 'int8', asked for 'none'"),
+        (("--gradient-accumulation-steps", 2), "accumulates: found True, asked for False"),
+    ],
+)
+def test_a_plan_for_other_settings_is_refused_with_the_difference(
+    options: tuple[object, ...], difference: str, train: Callable[..., Ran], plan: Callable[..., Path]
+) -> None:
+    ran = train("run", "--max-steps", 1, "--plan", plan(*options))
+    assert ran.code == 5
+    assert difference in ran.err
+
+
+def test_a_plan_for_another_model_or_other_devices_is_refused(
+    train: Callable[..., Ran], plan: Callable[..., Path], tmp_path: Path
+) -> None:
+    ran = train("run", "--max-steps", 1, "--plan", plan(model="smollm2-135m"))
+    assert ran.code == 5
+    assert "hidden_size: found 576, asked for 64" in ran.err
+    (tmp_path / "plan.json").unlink()
+    ran = train("run", "--max-steps", 1, "--plan", plan("--gpus", "2x8GiB"))
+    assert ran.code == 11
+    assert "found cpu on this machine, need cuda:0, cuda:1 too" in ran.err
+    ran = train("run", "--max-steps", 1, "--plan", plan("--gpus", "2x8GiB", "--parallel", "ddp"))
+    assert ran.code == 3
+    assert "found a plan for ddp over 2 devices, need split" in ran.err
+    (tmp_path / "plan.json").write_text("{}")
+    assert train("run", "--max-steps", 1, "--plan", tmp_path / "plan.json").code == 3
+
+
+def test_a_run_that_will_exceed_the_memory_says_so_before_it_starts(
+    train: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "free_ram_bytes", lambda: 2**20)
+    ran = train("run", "--max-steps", 1)
+    assert ran.code == 0
+    assert re.search(r"planned \d\.\d GiB on cpu, found 0\.0 free: this run will likely run out of memory", ran.err)
+    monkeypatch.undo()
+    assert "planned" not in train("other", "--max-steps", 1).err
