@@ -137,10 +137,10 @@ TYPED: list[tuple[type[StepConfig], str, dict[str, Any]]] = [
     ),
     (
         PatchAttentionConfig,
-        "m --block-size 64 --batch-size 2 --dtype fp16 --apply --implementation eager --apply-to /m",
+        "m --block-size 256 --batch-size 2 --dtype fp16 --apply --implementation eager --apply-to /m",
         {
             "model": "m",
-            "block_size": 64,
+            "block_size": 256,
             "batch_size": 2,
             "dtype": "fp16",
             "apply": True,

@@ -23,7 +23,7 @@ FLOORS = (
     ("templates", "weights", "hub", "environment"),
     ("records", "profiling", "shapes"),
     ("readers", "tokenization", "implementations", "memory"),
-    ("sources", "packing", "blocks", "adapters", "cases", "placement"),
+    ("sources", "packing", "blocks", "adapters", "cases", "miniature", "placement"),
     ("preparing", "model", "trials"),
     ("proving",),
     ("attention",),

@@ -21,7 +21,7 @@ Imports go down only:
             attention
                 proving
                     preparing, model, trials
-                        sources, packing, blocks, adapters, cases, placement
+                        sources, packing, blocks, adapters, cases, miniature, placement
                             readers, tokenization, implementations, memory
                                 records, profiling, shapes
                                     templates, weights, hub, environment

@@ -294,25 +294,33 @@ def commit(
 
 
 def amend(folder: Path, name: str, content: bytes) -> None:
-    """Replace one file of an artifact. Killed meanwhile, the folder is no artifact any more, but every file is whole.
+    """Replace one file of an artifact, under the caller's lock: whole before and after; what is killed between is
+    completed by the next sweep.
 
-    Raises ArtifactDamaged where that file isn't what the manifest says, DiskFailed.
+    Raises InputRefused where the artifact has no such file, ArtifactDamaged where it isn't what the manifest says,
+    DiskFailed.
     """
-    with lock(folder):
-        manifest = read_manifest(folder)
-        if disk.described(folder / name) != manifest["files"][name]:
-            raise ArtifactDamaged(
-                f"{folder / name}: found other bytes than were written, need those",
-                f"restore the file, or remove {folder} and run `{MADE_BY[manifest['kind']]}` again",
-            )
+    manifest = read_manifest(folder)
+    if name not in manifest["files"]:
+        raise InputRefused(f"{folder / name}: found no such file in {MANIFEST}, need one", "check the folder")
+    if disk.described(folder / name) != manifest["files"][name]:
+        raise ArtifactDamaged(
+            f"{folder / name}: found other bytes than were written, need those",
+            f"restore the file, or remove {folder} and run `{MADE_BY[manifest['kind']]}` again",
+        )
+    stage = folder / f".stage-{uuid.uuid4().hex}"
+    try:
+        os.mkdir(stage)
         try:
-            (folder / MANIFEST).unlink()
-            disk.fsync_folder(folder)
-        except OSError as error:
-            raise disk_failed(error, folder) from error
-        disk.write_file(folder / name, content)
-        entries = {**manifest["files"], name: disk.described(folder / name)}
-        disk.write_file(folder / MANIFEST, _manifest_bytes({**manifest, "files": entries}))
+            entries = {**manifest["files"], name: disk.write_new(stage / name, content)}
+            disk.write_new(stage / MANIFEST, _manifest_bytes({**manifest, "files": entries}))
+            disk.fsync_folder(stage)
+        except BaseException:
+            _discard(stage)
+            raise
+        _move_in(stage, folder)
+    except OSError as error:
+        raise disk_failed(error, folder) from error
 
 
 def replace(new: Path, target: Path) -> None:

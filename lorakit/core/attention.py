@@ -9,7 +9,7 @@ apply(model)                      for code of anyone's
 import dataclasses
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import transformers
 
+from lorakit import __version__
 from lorakit.core import artifacts, disk
 from lorakit.core.config import PatchAttentionConfig
 from lorakit.core.environment import cache_folder
@@ -27,18 +28,19 @@ from lorakit.core.implementations import (
     IMPLEMENTATIONS,
     STOCK,
     Shape,
+    guard,
     lacking,
-    refuse_leaking_mask,
     register,
     shape_of,
 )
 from lorakit.core.model import load_config, pick_device, pick_dtype
-from lorakit.core.proving import Proof, Row, prove
+from lorakit.core.proving import Proof, Row, best, prove
 
 CHOICES = "attention.json"
 BACKUP = "config.json.before-patch-attention"
 _KEY = "attn_implementation"
 _QUICK_TOKENS = 256
+_UNASKED = tuple(name for name in IMPLEMENTATIONS if name != "flex_attention")  # which is compiled for minutes
 
 
 @dataclass(frozen=True)
@@ -76,9 +78,11 @@ def check(config: PatchAttentionConfig, report: Report) -> Checked:
     device = pick_device()
     dtype = pick_dtype(config.attention.dtype, device)
     on_gpu = device.type == "cuda"
-    folder = config_folder(asked.model or str(applying.apply_to))
+    model = load_config(config_folder(asked.model or str(applying.apply_to)))
+    if applying.apply_to is not None:
+        _require_target(applying.apply_to, applying.implementation, shape_of(model))
     size = asked.block_size or (2048 if on_gpu else 256)
-    proof = prove(load_config(folder), dtype, device, size, asked.batch_size, report)
+    proof = prove(model, dtype, device, size, asked.batch_size, report)
     chosen = proof.implementation
     if applying.implementation != "auto":
         chosen = _right(applying.implementation, proof)
@@ -92,6 +96,28 @@ def check(config: PatchAttentionConfig, report: Report) -> Checked:
         patched = apply_to(applying.apply_to, stock_choice(proof) if named == "auto" else named)
     machine_name = machine(device)["device"]
     return Checked(proof, machine_name, str(dtype).removeprefix("torch."), on_gpu, chosen, written, patched)
+
+
+def _require_target(folder: Path, implementation: str, shape: Shape) -> None:
+    """Raises InputRefused where a choice for this shape can't be written into a model folder."""
+    _read_config(folder / "config.json")
+    if implementation != "auto":
+        _require_stock(implementation)
+    other = shape_of(load_config(folder))
+    if other != shape:
+        raise InputRefused(
+            f"--apply-to {folder}: found {other}, need the attention of MODEL ({shape})",
+            "leave out MODEL: the folder itself is proven",
+        )
+
+
+def _require_stock(implementation: str) -> None:
+    if implementation not in STOCK:
+        raise InputRefused(
+            f"--apply-to: found {implementation}, which transformers knows through lorakit only; "
+            f"need one of {', '.join(STOCK)}",
+            "leave out --implementation, or use `lorakit train --attention varlen`, which changes no model",
+        )
 
 
 def _right(name: str, proof: Proof) -> str:
@@ -111,22 +137,28 @@ def resolve(name: str, config: Any, dtype: torch.dtype, device: torch.device, re
     """The implementation for training a model (of its transformers config) on packed blocks; `name` may be auto.
 
     auto is what was measured on this machine with these versions, else the first of IMPLEMENTATIONS that a small proof
-    finds right. Raises InputRefused where the model or device can't have the one that is named, EnvironmentUnusable
-    where none is right.
+    finds right; one that is named is proven too. A model whose attention can't be proven gets sdpa, or what is named
+    of sdpa and eager, and that is said.
+    Raises InputRefused where the model or device can't have the one that is named, EnvironmentUnusable where none is
+    right.
     """
     register()
-    shape = shape_of(config)
-    if name != "auto":
-        if name not in IMPLEMENTATIONS:
-            need = f"auto or one of {', '.join(IMPLEMENTATIONS)}"
-            raise InputRefused(f"attention: found {name!r}, need {need}", "correct the name")
-        if (reason := lacking(name, shape, dtype, device)) is not None:
-            raise InputRefused(f"attention {name}: found that {reason}, need another", "choose --attention auto")
-        return name
-    if (chosen := read_choice(shape, dtype, device)) is not None:
+    if name not in ("auto", *IMPLEMENTATIONS):
+        need = f"auto or one of {', '.join(IMPLEMENTATIONS)}"
+        raise InputRefused(f"attention: found {name!r}, need {need}", "correct the name")
+    try:
+        shape = shape_of(config)
+    except InputRefused as error:
+        if name not in ("auto", "sdpa", "eager"):
+            raise
+        report(Notice(f"attention isn't proven: {error.message}"))
+        return "sdpa" if name == "auto" else name
+    if name == "auto" and (chosen := read_choice(shape, dtype, device)) is not None:
         return chosen
+    if name != "auto" and (reason := lacking(name, shape, dtype, device)) is not None:
+        raise InputRefused(f"attention {name}: found that {reason}, need another", "choose --attention auto")
     wrong: list[Row] = []
-    for candidate in IMPLEMENTATIONS:
+    for candidate in _UNASKED if name == "auto" else (name,):
         if lacking(candidate, shape, dtype, device) is not None:
             continue
         proof = prove(
@@ -134,9 +166,9 @@ def resolve(name: str, config: Any, dtype: torch.dtype, device: torch.device, re
         )
         if proof.implementation is not None:
             return candidate
-        wrong += proof.rows
-        for row in proof.rows:
-            report(Notice(f"attention {candidate} isn't used: {row.reason}"))
+        found = [row for row in proof.rows if not row.ok]
+        report(Notice(f"attention {candidate} isn't used: {'; '.join(row.reason for row in found)}"))
+        wrong += found
     raise none_is_right(wrong)
 
 
@@ -155,7 +187,8 @@ def none_is_right(rows: Sequence[Row]) -> EnvironmentUnusable:
     reasons = "; ".join(f"{row.backend}, {row.case}: {row.reason}" for row in rows if not row.ok)
     return EnvironmentUnusable(
         f"attention: found none that is right for packed blocks ({reasons or 'none could run'}), need one",
-        "reinstall torch and transformers; `lorakit patch-attention MODEL` shows every case",
+        "choose a model of the Llama family, or reinstall torch and transformers; "
+        "`lorakit patch-attention MODEL` shows every case",
     )
 
 
@@ -171,8 +204,7 @@ def apply(model: Any, implementation: str = "auto", report: Report = _nothing) -
     parameter = next(model.parameters())
     name = resolve(implementation, model.config, parameter.dtype, parameter.device, report)
     model.set_attn_implementation(name)
-    if refuse_leaking_mask not in model._forward_pre_hooks.values():
-        model.register_forward_pre_hook(refuse_leaking_mask, with_kwargs=True)
+    guard(model)
     return name
 
 
@@ -182,7 +214,8 @@ def apply(model: Any, implementation: str = "auto", report: Report = _nothing) -
 def machine(device: torch.device) -> dict[str, str]:
     """What a measurement holds for: the device and the versions of what runs on it."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    return {"device": name, "torch": torch.__version__, "transformers": transformers.__version__}
+    versions = {"lorakit": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    return {"device": name, **versions}
 
 
 def _processor() -> str:
@@ -196,36 +229,38 @@ def _processor() -> str:
 
 def read_choice(shape: Shape, dtype: torch.dtype, device: torch.device) -> str | None:
     """The implementation that was chosen for such attention on this machine with these versions, or None."""
-    content = _choices()
-    if content["machine"] != machine(device):
-        return None
-    name = content["choices"].get(_key(shape, dtype), {}).get("implementation")
+    name = _choices_of(machine(device)).get(_key(shape, dtype), {}).get("implementation")
     return str(name) if name in IMPLEMENTATIONS and lacking(name, shape, dtype, device) is None else None
 
 
 def write_choice(proof: Proof, dtype: torch.dtype, device: torch.device, implementation: str) -> Path:
-    """Keep a choice with the measurements that it rests on; returns the file. Raises DiskFailed."""
-    content, here = _choices(), machine(device)
-    choice = {
-        "implementation": implementation,
-        "evidence": [dataclasses.asdict(row) for row in proof.rows if row.backend == implementation],
-    }
-    kept = content["choices"] if content["machine"] == here else {}
+    """Keep a choice with the measurements that it rests on; returns the file. Raises DiskFailed, Busy."""
+    here = machine(device)
+    evidence = [dataclasses.asdict(row) for row in proof.rows if row.backend == implementation]
+    choice = {"implementation": implementation, "evidence": evidence}
     path = cache_folder() / CHOICES
-    disk.make_folder(path.parent)
-    written = {"machine": here, "choices": {**kept, _key(proof.shape, dtype): choice}}
-    disk.write_file(path, (json.dumps(written, indent=1) + "\n").encode())
+    with artifacts.lock(path):
+        # one entry a device: what was measured there with other versions is gone
+        others = [one for one in _machines() if one["machine"].get("device") != here["device"]]
+        own = {"machine": here, "choices": {**_choices_of(here), _key(proof.shape, dtype): choice}}
+        disk.write_file(path, (json.dumps([*others, own], indent=1) + "\n").encode())
     return path
 
 
-def _choices() -> dict[str, Any]:
+def _choices_of(here: Mapping[str, str]) -> dict[str, Any]:
+    return next((dict(one["choices"]) for one in _machines() if one["machine"] == here), {})
+
+
+def _machines() -> list[dict[str, Any]]:
+    """What was kept, a machine each. It is a cache: what can't be read is measured again."""
     try:
         content = json.loads((cache_folder() / CHOICES).read_bytes())
-        if isinstance(content["machine"], dict) and all(isinstance(one, dict) for one in content["choices"].values()):
-            return dict(content)
+        for one in content:
+            if not all(isinstance(choice, dict) for choice in one["choices"].values()) or not dict(one["machine"]):
+                return []
+        return list(content)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        pass  # a cache: what can't be read is measured again
-    return {"machine": None, "choices": {}}
+        return []
 
 
 def _key(shape: Shape, dtype: torch.dtype) -> str:
@@ -236,58 +271,78 @@ def _key(shape: Shape, dtype: torch.dtype) -> str:
 
 
 def stock_choice(proof: Proof) -> str:
-    """The fastest right implementation that transformers knows without lorakit. Raises EnvironmentUnusable."""
-    right = {row.backend for row in proof.rows} - {row.backend for row in proof.rows if not row.ok}
-    packed = [row for row in proof.rows if row.case == "packed" and row.backend in right.intersection(STOCK)]
-    if not packed:
+    """The fastest right implementation of those that transformers knows without lorakit, in rows as stock code mostly
+    has them (causal); eager, which takes memory by the square of the length, only where no other is right.
+
+    Raises EnvironmentUnusable where none is.
+    """
+    chosen = best(proof.rows, [name for name in STOCK if name != "eager"], "causal") or best(proof.rows, ["eager"])
+    if chosen is None:
         raise none_is_right(proof.rows)
-    return min(packed, key=lambda row: row.seconds).backend
+    return chosen
 
 
 def apply_to(folder: Path, implementation: str) -> Patched:
     """Write an implementation into a model folder's config.json, which stock transformers then uses; what it was is
     kept beside it. Doing it twice changes nothing more.
 
-    Raises InputRefused where the folder is no model or only lorakit knows the implementation, DiskFailed.
+    Raises InputRefused where the folder is no model or only lorakit knows the implementation, Busy, DiskFailed.
     """
-    if implementation not in STOCK:
-        raise InputRefused(
-            f"--apply-to: found {implementation}, which transformers knows through lorakit only; "
-            f"need one of {', '.join(STOCK)}",
-            "leave out --implementation, or use `lorakit train --attention varlen`, which changes no model",
-        )
-    path = folder / "config.json"
-    before = _read_config(path)
-    content = json.loads(before)
-    if content.get(_KEY) == implementation:
-        return Patched(path, implementation, changed=False)
-    backup = folder / BACKUP
-    if not backup.exists():
-        disk.write_file(backup, before)
-    _put(folder, path, (json.dumps({**content, _KEY: implementation}, indent=2) + "\n").encode())
+    _require_stock(implementation)
+    path, backup = folder / "config.json", folder / BACKUP
+    with artifacts.lock(folder):
+        before = _read_config(path)
+        content = json.loads(before)
+        if content.get(_KEY) == implementation:
+            return Patched(path, implementation, changed=False)
+        applied = {**content, _KEY: implementation}
+        if artifacts.is_artifact(folder):
+            artifacts.amend(folder, path.name, _as_bytes(applied))
+        if not _is_of(backup, content):  # none yet, or one of a config that is there no more
+            disk.write_file(backup, before)
+        if not artifacts.is_artifact(folder):
+            disk.write_file(path, _as_bytes(applied))
     return Patched(path, implementation, changed=True)
 
 
 def revert(folder: Path) -> Patched:
-    """Put back the config.json that was there before `apply_to`, byte for byte. Raises InputRefused, DiskFailed."""
+    """Put back the config.json that was there before `apply_to`, byte for byte.
+
+    Raises InputRefused where there is none, or config.json was changed in something else since; Busy, DiskFailed.
+    """
     path, backup = folder / "config.json", folder / BACKUP
-    _read_config(path)
-    if not backup.is_file():
-        raise InputRefused(
-            f"{folder}: found no {BACKUP}, need what --apply-to keeps", "nothing was applied here, or it was reverted"
-        )
-    before = backup.read_bytes()
-    _put(folder, path, before)
-    backup.unlink()
-    disk.fsync_folder(folder)
+    with artifacts.lock(folder):
+        content = json.loads(_read_config(path))
+        if not backup.is_file():
+            raise InputRefused(
+                f"{folder}: found no {BACKUP}, need what --apply-to keeps",
+                "nothing was applied here, or it was reverted",
+            )
+        before = _read_config(backup)
+        if not _is_of(backup, content):
+            raise InputRefused(
+                f"{path}: found other settings than in {BACKUP}, need those: it was changed since --apply-to",
+                f"remove {_KEY!r} from config.json by hand, and {BACKUP}",
+            )
+        if artifacts.is_artifact(folder):
+            artifacts.amend(folder, path.name, before)
+        else:
+            disk.write_file(path, before)
+        backup.unlink()
+        disk.fsync_folder(folder)
     return Patched(path, json.loads(before).get(_KEY), changed=True)
 
 
-def _put(folder: Path, path: Path, content: bytes) -> None:
-    if artifacts.is_artifact(folder):
-        artifacts.amend(folder, path.name, content)
-    else:
-        disk.write_file(path, content)
+def _is_of(backup: Path, content: Mapping[str, Any]) -> bool:
+    """Whether a backup is there and differs from `content` in the implementation alone."""
+    if not backup.is_file():
+        return False
+    kept = json.loads(_read_config(backup))
+    return {**kept, _KEY: None} == {**content, _KEY: None}
+
+
+def _as_bytes(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2) + "\n").encode()
 
 
 def _read_config(path: Path) -> bytes:
@@ -296,7 +351,7 @@ def _read_config(path: Path) -> bytes:
         if isinstance(json.loads(content), dict):
             return content
         found = "no JSON object"
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         found = "no such file"
     except ValueError as error:
         found = str(error)

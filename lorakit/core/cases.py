@@ -25,7 +25,6 @@ class Case:
     """Tokens whose keys are in the cache already."""
     window: int | None = None
     checkpointed: bool = False
-    all_ones_mask: bool = False
 
     @property
     def keys(self) -> int:
@@ -46,7 +45,6 @@ def cases_of(shape: Shape, block_size: int) -> list[Case]:
         Case("right-padded", block_size, padding=block_size // 4),
         Case("packed", block_size, documents),
         Case("packed, checkpointed", block_size, documents, checkpointed=True),
-        Case("packed, all-ones mask", block_size, documents, all_ones_mask=True),
         Case("one token, cached", 1, cached=block_size - 1),
         Case("prefill, cached", block_size // 2, cached=block_size - block_size // 2),
     ]

@@ -362,7 +362,7 @@ class AttentionSection(Section):
     model: ModelName | None = setting(
         None, "Model: a folder or a hub id; only its config is read.", positional=True, metavar="MODEL"
     )
-    block_size: int | None = setting(None, "Tokens of a row. Left out: 2,048 on a GPU, 256 on a CPU.", ge=64)
+    block_size: int | None = setting(None, "Tokens of a row. Left out: 2,048 on a GPU, 256 on a CPU.", ge=128)
     batch_size: int = setting(1, "Rows at once.", ge=1)
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = setting(
         "auto", "Number type. auto: bf16 where the GPU has it, fp16 on older GPUs, fp32 on the CPU."
@@ -696,8 +696,10 @@ class PatchAttentionConfig(StepConfig):
     def _one_thing_to_do(self) -> Self:
         applying = self.applying
         if applying.revert is not None:
-            if self.attention.model or applying.apply or applying.apply_to:
-                raise ValueError("found --revert beside a MODEL or something to apply, need it alone")
+            others = {**self.attention.model_dump(), **applying.model_dump(exclude={"revert"})}
+            defaults = {**AttentionSection().model_dump(), **ApplySection().model_dump(exclude={"revert"})}
+            if others != defaults:
+                raise ValueError("found --revert beside a MODEL or other options, need it alone")
         elif not (self.attention.model or applying.apply_to):
             raise ValueError("found no MODEL, need a folder or a hub id")
         if applying.implementation != "auto" and not (applying.apply or applying.apply_to):

@@ -15,7 +15,6 @@ Shapes by suffix: B rows, T tokens of a row, N = B·T tokens end to end, H query
 import functools
 import inspect
 import weakref
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,8 +116,8 @@ def attention_module(config: Any) -> torch.nn.Module:
     module = next(modules, None)
     if module is None or not model._supports_attention_backend:
         raise InputRefused(
-            f"{name}: found {type(model).__name__}, whose attention doesn't go through transformers' "
-            "AttentionInterface; need one as Llama's, Mistral's, Qwen's or Gemma's",
+            f"{name}: found {type(model).__name__}, whose attention isn't made as Llama's, Mistral's, Qwen's or "
+            f"Gemma's ({', '.join(needed)}, through AttentionInterface); need one like these",
             "choose a model of the Llama family",
         )
     return module
@@ -126,10 +125,14 @@ def attention_module(config: Any) -> torch.nn.Module:
 
 def _one_layer(config: Any) -> Any:
     """The config of such a model with one layer, one with a sliding window where some have it."""
-    content = {**config.to_dict(), "num_hidden_layers": 1}
-    if kinds := content.get("layer_types"):
-        content["layer_types"] = [next((kind for kind in kinds if kind == "sliding_attention"), kinds[0])]
-    return type(config).from_dict(content)
+    kinds = list(getattr(config, "layer_types", None) or [])
+    kind = next((kind for kind in kinds if kind == "sliding_attention"), next(iter(kinds), None))
+    return smaller(config, num_hidden_layers=1, layer_types=[kind] if kind else None)
+
+
+def smaller(config: Any, **changed: Any) -> Any:
+    """Another config of the same kind. Raises StrictDataclassError, ValueError where it can't be."""
+    return type(config).from_dict({**config.to_dict(), **{key: value for key, value in changed.items() if value}})
 
 
 def lacking(name: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> str | None:
@@ -265,8 +268,8 @@ def _document_by_document(
     return torch.cat(outputs)
 
 
-_read: tuple[weakref.ref[Tensor], int, tuple[Tensor, int] | None] | None = None
-"""The positions that were read last, their version, and the documents in them: all layers are given the same."""
+_read: tuple[weakref.ref[Tensor], int, int, tuple[Tensor, int] | None] | None = None
+"""The positions that were read last, their version, for how many rows, and the documents: all layers get the same."""
 
 
 def _documents(position_ids: Tensor | None, rows: int, length: int) -> tuple[Tensor, int] | None:
@@ -274,9 +277,9 @@ def _documents(position_ids: Tensor | None, rows: int, length: int) -> tuple[Ten
     global _read
     if position_ids is None or position_ids.dim() != 2 or position_ids.shape[1] != length:
         return None
-    version = -1 if position_ids.is_inference() else position_ids._version
-    if _read is not None and _read[0]() is position_ids and _read[1] == version:
-        return _read[2]
+    known, version = _read, -1 if position_ids.is_inference() else position_ids._version
+    if known is not None and known[0]() is position_ids and known[1:3] == (version, rows):
+        return known[3]
     found = None
     starts = torch.ones_like(position_ids, dtype=torch.bool)
     starts[:, 1:] = position_ids.diff(dim=1) != 1
@@ -284,24 +287,50 @@ def _documents(position_ids: Tensor | None, rows: int, length: int) -> tuple[Ten
         begins = starts.expand(rows, length).flatten().nonzero().flatten().to(torch.int32)
         ends = torch.cat((begins, begins.new_tensor([rows * length])))
         found = ends, int(ends.diff().max())
-    _read = weakref.ref(position_ids), version, found
+    if version >= 0:  # what changed can't be told of an inference tensor
+        _read = weakref.ref(position_ids), version, rows, found
     return found
 
 
-def refuse_leaking_mask(module: torch.nn.Module, given: tuple[Any, ...], named: Mapping[str, Any]) -> None:
-    """A hook before a model's forward pass. Raises InputRefused where a mask comes with packed positions.
+def guard(model: Any) -> None:
+    """Have a loaded model's backbone look at every batch with packed positions; doing it twice changes nothing."""
+    whole = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if keep_apart not in whole.base_model._forward_pre_hooks.values():
+        whole.base_model.register_forward_pre_hook(keep_apart, with_kwargs=True)
 
-    transformers finds packed documents by their positions only where no attention mask is passed: with one, even of
-    ones alone, every document sees those before it (masking_utils.py, `_preprocess_mask_arguments`).
+
+def keep_apart(
+    module: Any, given: tuple[Any, ...], named: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """A hook before a backbone's forward pass, for positions that restart (packed documents).
+
+    transformers finds these only where neither an attention mask nor a cache is passed (masking_utils.py,
+    `_preprocess_mask_arguments`): with a mask, even of ones alone, and with the cache that it makes by default, every
+    document sees those before it. So a mask raises InputRefused, and no cache is made.
     """
-    mask, positions = named.get("attention_mask"), named.get("position_ids")
-    cached = any(named.get(name) is not None for name in ("past_key_values", "cache"))
-    if mask is None or positions is None or cached or mask.dim() != 2 or mask.shape[1] != positions.shape[1]:
-        return
-    seen = mask.bool()
-    if bool((seen[:, 1:] & seen[:, :-1] & (positions.diff(dim=1) != 1)).any()):
+    bound = inspect.signature(module.forward).bind_partial(*given, **named).arguments
+    passed = {**bound.pop("kwargs", {}), **bound}
+    mask, positions = passed.get("attention_mask"), passed.get("position_ids")
+    cache = next((passed[name] for name in ("past_key_values", "cache") if passed.get(name) is not None), None)
+    alone = mask is None and cache is None and passed.get("use_cache") is False
+    filled = cache is not None and cache.get_seq_length() > 0
+    if alone or filled or not isinstance(positions, Tensor) or positions.dim() != 2:
+        return None
+    restarts = positions.diff(dim=1) != 1
+    if isinstance(mask, Tensor):
+        if mask.dim() != 2 or mask.shape[1] != positions.shape[1]:
+            return None
+        seen = mask.bool()
+        restarts = restarts & seen[:, 1:] & seen[:, :-1]
+    elif mask is not None:
+        return None
+    if not bool(restarts.any()):
+        return None
+    if mask is not None or cache is not None:
         raise InputRefused(
-            "attention_mask: found one beside position_ids that restart (packed documents), need position_ids alone; "
-            "with a mask, transformers lets each document see those before it",
-            "leave attention_mask out of the batch",
+            f"{'attention_mask' if mask is not None else 'past_key_values'}: found one beside position_ids that "
+            "restart (packed documents), need position_ids alone; with it, transformers lets each document see those "
+            "before it",
+            "leave it out of the batch",
         )
+    return given, {**named, "use_cache": False}

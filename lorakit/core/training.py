@@ -214,8 +214,7 @@ class _Run:
         self.plan = self._plan(weights, dtype)
         device_map = self.plan.device_map if self.plan and config.devices.plan else None
         base = load_base(weights, dtype, self.device, config.model.quantize, device_map)
-        attention = str(checkpoint.facts["attention"]) if checkpoint is not None else config.model.attention
-        self.state.attention = apply(base, attention, report)
+        self.state.attention = _attention(base, config, checkpoint, report)
         report(Notice(f"attention: {self.state.attention}"))
         self.model = add_lora(base, config.lora, batch.seed, config.model.model)
         require_vocabulary(self.model, blocks.largest_id(), blocks.path)
@@ -455,6 +454,18 @@ def _adapter_config(model: PeftModel) -> bytes:
 
 def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+
+
+def _attention(base: Any, config: TrainConfig, checkpoint: Artifact | None, report: Report) -> str:
+    """Give the base its implementation of attention: a run that goes on keeps the one that it began with."""
+    if checkpoint is None:
+        return apply(base, config.model.attention, report)
+    try:
+        return apply(base, str(checkpoint.facts["attention"]), report)
+    except InputRefused as error:
+        raise Mismatch(
+            f"{error.message}: the run began with it", "go on where it can run, or begin anew with --overwrite"
+        ) from None
 
 
 def _learning_rates(config: TrainConfig, optimizer: torch.optim.Optimizer, steps: int) -> Callable[[int], float]:

@@ -82,8 +82,6 @@ class Bench:
         self.module.config = config
         _, real_BT, positions_BT = (tensor.to(self.device) for tensor in seen_from(case, self.batch_size))
         padding = real_BT.long() if case.padding else None
-        if case.all_ones_mask:
-            padding = torch.ones_like(positions_BT)
         cache = None
         if case.cached:
             cache = DynamicCache()
@@ -95,7 +93,7 @@ class Bench:
             make_mask = create_sliding_window_causal_mask
         mask = make_mask(config, embeds, padding, cache, positions_BT)
         more: dict[str, Any] = {"position_ids": positions_BT, "sliding_window": case.window}
-        if case.documents and name in BY_LENGTHS and not case.all_ones_mask:
+        if case.documents and name in BY_LENGTHS:
             starts = (positions_BT == 0).flatten().nonzero().flatten()
             ends = torch.cat((starts, starts.new_tensor([positions_BT.numel()]))).to(torch.int32)
             longest = int(ends.diff().max())

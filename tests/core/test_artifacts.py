@@ -390,3 +390,52 @@ def test_the_manifest_is_json_that_anyone_reads(
     assert manifest["kind"] == "blocks"
     assert manifest["files"].keys() == set(os.listdir(tmp_path / "out")) - {"lorakit.json"}
     assert {"torch", "transformers", "tokenizers"} <= manifest["versions"].keys()
+
+
+# One file of it
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("killed_at", range(1, 12))
+def test_a_replaced_file_is_old_or_new_wherever_it_is_killed(
+    killed_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every call that changes a name: the next sweep completes it or nothing was changed, and the artifact is whole."""
+    target = tmp_path / "a"
+    commit(target)
+    calls = 0
+
+    def killing(original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*given: Any, **more: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == killed_at:
+                raise Killed
+            return original(*given, **more)
+
+        return call
+
+    with monkeypatch.context() as patched, contextlib.suppress(Killed):
+        for name in ("mkdir", "rename", "unlink", "rmdir", "fsync"):
+            patched.setattr(os, name, killing(getattr(os, name)))
+        artifacts.amend(target, "notes.txt", b"new")
+    with artifacts.lock(target):
+        pass
+    artifacts.open_artifact(target, "blocks")
+    assert content(target).keys() == {*FILES, "lorakit.json", "lorakit.yaml"}
+    assert (target / "notes.txt").read_bytes() in (FILES["notes.txt"], b"new")
+    artifacts.amend(target, "notes.txt", b"new")
+    assert (target / "notes.txt").read_bytes() == b"new"
+    artifacts.open_artifact(target, "blocks")
+
+
+def test_a_file_that_isnt_the_artifacts_or_was_changed_isnt_replaced(tmp_path: Path) -> None:
+    commit(tmp_path / "a")
+    with pytest.raises(InputRefused, match=r"found no such file in lorakit\.json"):
+        artifacts.amend(tmp_path / "a", "other.txt", b"new")
+    (tmp_path / "a" / "notes.txt").write_bytes(b"changed")
+    with pytest.raises(ArtifactDamaged, match="found other bytes than were written"):
+        artifacts.amend(tmp_path / "a", "notes.txt", b"new")

@@ -10,11 +10,21 @@ import torch
 import transformers
 
 from lorakit.core import artifacts, attention
-from lorakit.core.attention import BACKUP, CHOICES, apply, apply_to, read_choice, resolve, revert, write_choice
+from lorakit.core.attention import (
+    BACKUP,
+    CHOICES,
+    apply,
+    apply_to,
+    read_choice,
+    resolve,
+    revert,
+    stock_choice,
+    write_choice,
+)
 from lorakit.core.errors import ArtifactDamaged, EnvironmentUnusable, InputRefused
 from lorakit.core.events import Notice
 from lorakit.core.implementations import shape_of
-from lorakit.core.proving import Proof, prove
+from lorakit.core.proving import Proof, Row, prove
 from lorakit.core.tokenization import quiet_libraries
 from lorakit.core.weights import open_weights
 from tests.conftest import Ran, make_llama
@@ -49,7 +59,7 @@ def test_auto_passes_over_what_is_wrong_and_says_so(monkeypatch: pytest.MonkeyPa
 
     def distrusting(*given: Any, names: Any, **more: Any) -> Any:
         found = original(*given, names=names, **more)
-        wrong = [row.__class__(**{**vars(row), "ok": False, "reason": "it is wrong"}) for row in found.rows]
+        wrong = [row.__class__(**{**vars(row), "ok": False, "reason": "it is wrong"}) for row in found.rows[:1]]
         return Proof(found.shape, wrong, [], None) if "varlen" in names else found
 
     monkeypatch.setattr(attention, "prove", distrusting)
@@ -71,6 +81,23 @@ def test_a_name_that_isnt_one_or_cant_be_had_is_refused() -> None:
         resolved("flex_attention")
 
 
+def test_one_that_is_named_is_proven_too(monkeypatch: pytest.MonkeyPatch, proof: Proof) -> None:
+    rows = [row.__class__(**{**vars(row), "ok": False, "reason": "it leaks"}) for row in proof.rows[:1]]
+    monkeypatch.setattr(attention, "prove", lambda *given, **more: Proof(proof.shape, rows, [], None))
+    with pytest.raises(EnvironmentUnusable, match="it leaks"):
+        resolved("sdpa")
+
+
+def test_a_model_whose_attention_cant_be_proven_is_trained_as_transformers_would_and_said() -> None:
+    config = transformers.GPTNeoXConfig(hidden_size=32, num_attention_heads=4, num_hidden_layers=1, vocab_size=50)
+    said: list[Any] = []
+    assert resolve("auto", config, torch.float32, CPU, said.append) == "sdpa"
+    assert "attention isn't proven: gpt_neox: found GPTNeoXForCausalLM" in said[0].text
+    assert resolve("eager", config, torch.float32, CPU, said.append) == "eager"
+    with pytest.raises(InputRefused, match="GPTNeoXForCausalLM"):
+        resolve("varlen", config, torch.float32, CPU, said.append)
+
+
 # Kept
 
 
@@ -88,17 +115,28 @@ def test_a_kept_choice_holds_for_its_shape_type_machine_and_versions(
     assert read_choice(shape_of(other), torch.float32, CPU) is None
     write_choice(proof, torch.bfloat16, CPU, "sdpa")
     assert read_choice(shape, torch.float32, CPU) == "eager", "a second choice leaves the first"
-    evidence = json.loads(path.read_text())["choices"]
+    [kept] = json.loads(path.read_text())
+    evidence = kept["choices"]
     assert all(row["backend"] == choice["implementation"] for choice in evidence.values() for row in choice["evidence"])
     monkeypatch.setattr(torch, "__version__", "9.9")
     assert read_choice(shape, torch.float32, CPU) is None
     assert resolved() == "varlen", "proven again"
     write_choice(proof, torch.float32, CPU, "sdpa")
-    assert len(json.loads(path.read_text())["choices"]) == 1, "what was measured with other versions is gone"
+    [kept] = json.loads(path.read_text())
+    assert len(kept["choices"]) == 1, "what was measured with other versions is gone"
+
+
+def test_machines_that_share_a_cache_keep_their_own_choices(proof: Proof, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_choice(proof, torch.float32, CPU, "eager")
+    monkeypatch.setattr(attention, "_processor", lambda: "another machine")
+    assert resolved() == "varlen"
+    write_choice(proof, torch.float32, CPU, "sdpa")
+    assert resolved() == "sdpa"
+    monkeypatch.undo()
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"[]", b'{"machine": {}, "choices": []}', b'{"machine": {}, "choices": {"a": 1}}']
+    "content", [b"", b"[1]", b'[{"machine": {}, "choices": []}]', b'[{"machine": {}, "choices": {"a": 1}}]', b"{}"]
 )
 def test_a_damaged_file_of_choices_is_passed_over(content: bytes, tmp_path: Path, proof: Proof) -> None:
     (tmp_path / "cache").mkdir()
@@ -143,6 +181,22 @@ def test_a_run_can_name_its_implementation(
     assert cli(*common, "--output", tmp_path / name, "--attention", "auto").code == 5
 
 
+def test_a_run_that_cant_go_on_as_it_began_says_so(
+    cli: Cli, tiny_llama: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    common = ["train", "--model", tiny_llama, "--dataset", rows_file, "--block-size", 64, "--max-steps", 3]
+    assert cli(*common, "--output", run).code == 0
+    for path in run.iterdir():
+        if path.name not in ("checkpoints", "metrics.jsonl"):
+            path.unlink()
+    monkeypatch.setattr(attention, "lacking", lambda name, *rest: "no such kernel" if name == "varlen" else None)
+    ran = cli(*common, "--output", run)
+    assert ran.code == 5
+    assert "no such kernel" in ran.err
+    assert "begin anew with --overwrite" in ran.err
+
+
 # Anyone's model
 
 
@@ -154,7 +208,6 @@ def model(tiny_llama: Path) -> Any:
 def test_apply_gives_a_model_the_best_and_a_guard(model: Any) -> None:
     assert apply(model) == model.config._attn_implementation == "varlen"
     assert apply(model, "sdpa") == model.config._attn_implementation == "sdpa"
-    assert len(model._forward_pre_hooks) == 1, "applied twice, guarded once"
     ids, positions = torch.ones(1, 6, dtype=torch.long), torch.tensor([[0, 1, 2, 0, 1, 2]])
     with pytest.raises(InputRefused, match="position_ids that restart"):
         model(input_ids=ids, position_ids=positions, attention_mask=torch.ones(1, 6))
@@ -232,6 +285,37 @@ def test_a_folder_without_a_config_is_refused(content: bytes | None, words: str,
         apply_to(tmp_path, "sdpa")
 
 
+def test_a_config_that_was_changed_since_is_not_overwritten(folder: Path) -> None:
+    apply_to(folder, "eager")
+    path = folder / "config.json"
+    changed = {**json.loads(path.read_text()), "rope_theta": 5.0}
+    path.write_text(json.dumps(changed))
+    with pytest.raises(InputRefused, match="changed since --apply-to"):
+        revert(folder)
+    assert json.loads(path.read_text()) == changed
+    fresh = {key: value for key, value in changed.items() if key != "attn_implementation"}
+    path.write_text(json.dumps(fresh))
+    apply_to(folder, "sdpa")
+    revert(folder)
+    assert path.read_text() == json.dumps(fresh), "the backup is of the config that was there last"
+
+
+def row(backend: str, case: str, seconds: float, *, ok: bool = True) -> Row:
+    return Row(case, backend, "", 0.0, 1.0, 1.0, seconds, None, 1.0, None, ok, "" if ok else "wrong", {})
+
+
+def test_a_stock_model_gets_the_fastest_right_one_that_isnt_eager() -> None:
+    cases = ("causal", "packed", "packed, checkpointed")
+    rows = [row(name, case, seconds) for name, seconds in (("eager", 1.0), ("sdpa", 2.0)) for case in cases]
+    rows += [row("flex_attention", "packed", 0.1), *(row("varlen", case, 0.1) for case in cases)]
+    shape = shape_of(CONFIG)
+    assert stock_choice(Proof(shape, rows, [], None)) == "sdpa"
+    wrong = [*rows, row("sdpa", "prefill, cached", 1.0, ok=False)]
+    assert stock_choice(Proof(shape, wrong, [], None)) == "eager"
+    with pytest.raises(EnvironmentUnusable):
+        stock_choice(Proof(shape, [*wrong, row("eager", "left-padded", 1.0, ok=False)], [], None))
+
+
 def test_an_artifact_stays_one(folder: Path, tmp_path: Path) -> None:
     from lorakit.core.config import DemoConfig
 
@@ -241,6 +325,7 @@ def test_an_artifact_stays_one(folder: Path, tmp_path: Path) -> None:
     manifest = (whole / artifacts.MANIFEST).read_bytes()
     apply_to(whole, "eager")
     assert artifacts.open_artifact(whole, "base").path == whole
+    assert not apply_to(whole, "eager").changed
     revert(whole)
     assert (whole / artifacts.MANIFEST).read_bytes() == manifest
     (whole / "config.json").write_text((folder / "config.json").read_text() + " ")

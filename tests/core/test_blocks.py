@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import save
 
 from lorakit.core import artifacts, blocks
-from lorakit.core.blocks import TEMPLATE, VALIDATION, Blocks, ShardMaker
+from lorakit.core.blocks import TEMPLATE, VALIDATION, Batch, Blocks, ShardMaker
 from lorakit.core.config import PrepareConfig
 from lorakit.core.errors import ArtifactDamaged, InputRefused, Mismatch
 from lorakit.core.tokenization import Document
@@ -128,3 +128,12 @@ def test_a_shard_that_isnt_blocks_is_told_before_it_is_used(content: bytes, tmp_
     artifacts.commit(tmp_path / "x", "blocks", files, config=CONFIG, parents={"tokenizer": "t"}, facts={})
     with pytest.raises(ArtifactDamaged, match="blocks-00000"):
         Blocks(tmp_path / "x")
+
+
+def test_a_batch_knows_where_its_documents_end() -> None:
+    """As flash attention takes them: of all rows end to end, padding as a document of its own."""
+    positions = np.array([[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 4, 5]])
+    batch = Batch(positions, positions, positions > 0)
+    assert batch.ends.tolist() == [0, 3, 5, 6, 12]
+    assert batch.ends.dtype == np.int32
+    assert batch.longest == 6

@@ -233,7 +233,7 @@ BOUNDS: list[tuple[type[StepConfig], str, list[object], list[object]]] = [
     (TrainConfig, "logging_steps", [1], [0]),
     (ChatConfig, "max_new_tokens", [1], [0]),
     (ChatConfig, "temperature", [0], [-0.1]),
-    (PatchAttentionConfig, "block_size", [64], [63]),
+    (PatchAttentionConfig, "block_size", [128], [127]),
     (PatchAttentionConfig, "batch_size", [1], [0]),
     (ChatConfig, "top_p", [0.01, 1], [0, 1.01]),
     (ChatConfig, "seed", [0, 2**63 - 1], [-1, 2**64]),

@@ -65,6 +65,36 @@ def test_blocks_together_lose_what_they_lose_one_by_one(model: Any, blocks_folde
     assert together == pytest.approx(apart, rel=1e-5)
 
 
+def test_lengths_are_counted_once_a_batch_and_given_to_those_who_take_them(
+    model: Any, blocks_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without them varlen would read documents from positions, for which the CPU waits on a GPU."""
+    from lorakit.core import implementations
+
+    def asked(*given: Any) -> None:
+        raise AssertionError("documents were read from positions")
+
+    monkeypatch.setattr(implementations, "_documents", asked)
+    assert loss_sum(model, Blocks(blocks_folder).batch([0, 1])).isfinite()
+
+
+def test_evaluate_takes_the_attention_that_training_would(
+    cli: Cli, tiny_llama: Path, blocks_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lorakit.core import evaluation
+
+    seen: list[str] = []
+    original = evaluation.loss_sum
+
+    def watched(model: Any, *rest: Any) -> Any:
+        seen.append(model.config._attn_implementation)
+        return original(model, *rest)
+
+    monkeypatch.setattr(evaluation, "loss_sum", watched)
+    assert cli("evaluate", tiny_llama, "--blocks", blocks_folder).code == 0
+    assert set(seen) == {"varlen"}
+
+
 def test_changing_one_document_leaves_the_others_logits_alone(model: Any) -> None:
     """Bit for bit: what stands in document A can't be seen from document B."""
     batch = make_batch([20, 30, 14], 64)

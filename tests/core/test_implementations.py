@@ -17,8 +17,10 @@ from lorakit.core.implementations import (
     IMPLEMENTATIONS,
     Shape,
     attention_module,
+    guard,
+    keep_apart,
     lacking,
-    refuse_leaking_mask,
+    register,
     shape_of,
     varlen_attention,
 )
@@ -90,7 +92,20 @@ def test_documents_in_positions_are_read_once_for_all_layers(monkeypatch: pytest
     positions[0, 3] = 3
     positions[0, 4] = 4
     assert implementations._documents(positions, 1, 5) is None
-    assert implementations._documents(torch.tensor([[0, 1, 2, 0, 1]]), 2, 5)[0].tolist() == [0, 3, 5, 8, 10]  # type: ignore[index]
+    assert implementations._documents(positions, 2, 5) is None
+
+
+def test_documents_are_read_anew_for_other_rows_and_where_changes_cant_be_seen() -> None:
+    positions = torch.tensor([[0, 1, 2, 0, 1]])
+    for rows, ends in ((1, [0, 3, 5]), (2, [0, 3, 5, 8, 10]), (1, [0, 3, 5])):
+        found = implementations._documents(positions, rows, 5)
+        assert found is not None
+        assert found[0].tolist() == ends
+    with torch.inference_mode():
+        positions = torch.tensor([[0, 1, 2, 0, 1]])
+        assert implementations._documents(positions, 1, 5) is not None
+        positions.copy_(torch.arange(5)[None])
+        assert implementations._documents(positions, 1, 5) is None
 
 
 def test_dropout_that_varlen_doesnt_have_is_an_error() -> None:
@@ -121,7 +136,10 @@ def test_a_shape_is_what_the_models_own_class_makes_of_its_config() -> None:
             transformers.GptOssConfig(**SMALL, num_attention_heads=4, num_key_value_heads=2, head_dim=8),
             "attention sinks",
         ),
-        (transformers.GPT2Config(n_embd=32, n_head=4, n_layer=1), "GPT2LMHeadModel, whose attention doesn't go"),
+        (
+            transformers.GPT2Config(n_embd=32, n_head=4, n_layer=1),
+            "GPT2LMHeadModel, whose attention isn't made as Llama's",
+        ),
         (transformers.T5Config(), "can't build a causal language model"),
     ],
     ids=lambda value: getattr(value, "model_type", None),
@@ -163,22 +181,56 @@ def test_nothing_stands_against_the_three_that_always_run(dtype: torch.dtype) ->
 PACKED = torch.tensor([[0, 1, 2, 0, 1, 2]])
 
 
-def guarded(**named: Any) -> None:
-    refuse_leaking_mask(torch.nn.Module(), (), named)
+def guarded(*given: Any, **named: Any) -> Any:
+    backbone = transformers.LlamaModel(LLAMA)
+    return keep_apart(backbone, given, named)
 
 
-def test_a_mask_beside_packed_positions_is_refused() -> None:
+def test_a_mask_or_cache_beside_packed_positions_is_refused() -> None:
+    ids, ones = torch.ones(1, 6, dtype=torch.long), torch.ones(1, 6)
     with pytest.raises(InputRefused, match="attention_mask: found one beside position_ids that restart"):
-        guarded(attention_mask=torch.ones(1, 6), position_ids=PACKED)
+        guarded(attention_mask=ones, position_ids=PACKED)
+    with pytest.raises(InputRefused):
+        guarded(ids, ones, PACKED)
     padded = torch.tensor([[1, 1, 1, 1, 1, 0]])
     with pytest.raises(InputRefused):
         guarded(attention_mask=padded, position_ids=PACKED)
+    with pytest.raises(InputRefused, match="past_key_values: found one beside"):
+        guarded(position_ids=PACKED, past_key_values=transformers.DynamicCache())
 
 
-def test_masks_that_hide_nothing_wrong_pass() -> None:
-    guarded(attention_mask=None, position_ids=PACKED)
-    guarded(attention_mask=torch.ones(1, 6), position_ids=torch.arange(6)[None])
-    guarded(attention_mask=torch.ones(1, 6))
+def test_packed_positions_make_no_cache() -> None:
+    _, named = guarded(input_ids=None, position_ids=PACKED)
+    assert named["use_cache"] is False
+    assert guarded(position_ids=PACKED, use_cache=False) is None, "and nothing is asked of the device"
+
+
+def test_what_hides_nothing_wrong_passes() -> None:
+    ones = torch.ones(1, 6)
+    assert guarded(attention_mask=ones, position_ids=torch.arange(6)[None]) is None
+    assert guarded(attention_mask=ones) is None
     left_padded = torch.tensor([[0, 0, 1, 1, 1, 1]])
-    guarded(attention_mask=left_padded, position_ids=torch.tensor([[1, 1, 0, 1, 2, 3]]))
-    guarded(attention_mask=torch.ones(1, 6), position_ids=PACKED, past_key_values=object())
+    assert guarded(attention_mask=left_padded, position_ids=torch.tensor([[1, 1, 0, 1, 2, 3]])) is None
+    assert guarded(attention_mask={"full_attention": None}, position_ids=PACKED) is None
+    assert guarded(attention_mask=ones, position_ids=torch.arange(6)) is None
+    filled = transformers.DynamicCache()
+    filled.update(torch.ones(1, 2, 3, 8), torch.ones(1, 2, 3, 8), 0)
+    assert guarded(attention_mask=torch.ones(1, 9), position_ids=PACKED, past_key_values=filled) is None
+
+
+@pytest.mark.parametrize("name", ["eager", "sdpa", "varlen"])
+def test_a_guarded_model_keeps_documents_apart_however_it_is_called(name: str) -> None:
+    from transformers import LlamaForCausalLM
+
+    register()
+    model = LlamaForCausalLM._from_config(LLAMA, attn_implementation=name).eval()
+    guard(model)
+    guard(model)
+    ids = torch.tensor([[1, 2, 3, 4, 5, 6]])
+    other = torch.tensor([[7, 8, 9, 4, 5, 6]])
+    with torch.no_grad():
+        one, two = (model(which, position_ids=PACKED).logits[:, 3:] for which in (ids, other))
+        inner = [model.model(which, position_ids=PACKED).last_hidden_state[:, 3:] for which in (ids, other)]
+    assert torch.equal(one, two)
+    assert torch.equal(*inner)
+    assert len(model.base_model._forward_pre_hooks) == 1
