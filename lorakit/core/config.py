@@ -396,6 +396,9 @@ class PlannedModelSection(Section):
         "none",
         "Keep the base's linear layers in 8 bits (LLM.int8) or 4 (QLoRA's NF4, or FP4, with double quantization).",
     )
+    attention: Attention = setting(
+        "auto", "Implementation of attention that train will use. auto: varlen, which keeps least."
+    )
 
 
 class DevicesSection(Section):

@@ -60,8 +60,8 @@ def plan_devices(config: PlanDevicesConfig, report: Report) -> Planned:
             "--parallel fsdp: found --quantize int8, need none, nf4 or fp4", "int8 can't be cut into shards"
         )
     block, batch = config.batch.block_size, config.batch.batch_size
-    work = Workload.of(config, dtype, 512 if block == "auto" else block, 1 if batch == "auto" else batch)
-    work = replace(work, attention="sdpa" if on_cpu else "varlen")
+    first = (512 if block == "auto" else block, 1 if batch == "auto" else batch)
+    work = Workload.of(config, dtype, *first, on_gpu=not on_cpu)
 
     def planned(work: Workload) -> Plan:
         return _choose(shape, budgets, work, config.devices.parallel)

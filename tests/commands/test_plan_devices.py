@@ -115,7 +115,7 @@ def test_without_gpus_the_machine_is_asked(cli: Cli, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(planning, "free_gpu_bytes", list)
     ran = cli("plan-devices", "smollm2-135m", "--json")
     assert set(ran.json["device_map"].values()) == {"cpu"}
-    assert (ran.json["settings"]["dtype"], ran.json["settings"]["attention"]) == ("fp32", "sdpa")
+    assert (ran.json["settings"]["dtype"], ran.json["settings"]["attention"]) == ("fp32", "documents")
     assert 2**20 < ran.json["devices"][0]["budget_bytes"] < 2**50
     assert "no GPU here" in ran.err
 
