@@ -54,8 +54,8 @@ def patched_transformers() -> str | None:
 def let_gpu_memory_grow() -> None:
     """Have torch grow its pieces of GPU memory instead of rounding large ones up, unless the user says otherwise: what
     is allocated is then what was asked for, and less lies idle. Before torch's first allocation on a GPU."""
-    if "PYTORCH_ALLOC_CONF" not in os.environ:
-        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # its older name, which torch asks for too
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
 def cache_folder() -> Path:

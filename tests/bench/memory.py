@@ -164,7 +164,8 @@ def quantized(linear: Any, quantize: str, device: torch.device) -> Any:
     values = torch.empty(size, dtype=torch.float16 if quantize == "int8" else torch.bfloat16, device=device)
     values.normal_(0, SPREAD)
     if quantize == "int8":
-        made.weight = bnb.nn.Int8Params(values, requires_grad=False, has_fp16_weights=False).to(device)
+        codes, scales, _ = bnb.functional.int8_vectorwise_quant(values)
+        made.weight = bnb.nn.Int8Params(codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=scales)
     else:
         parameter = bnb.nn.Params4bit(values, requires_grad=False, compress_statistics=True, quant_type=quantize)
         made.weight = parameter.to(device)
