@@ -390,8 +390,8 @@ class _Run:
             parameter.data.copy_(weights[name])
             self.optimizer.state[parameter] = {
                 "step": torch.tensor(float(self.state.step)),
-                "exp_avg": moments[f"exp_avg.{name}"].to(self.device),
-                "exp_avg_sq": moments[f"exp_avg_sq.{name}"].to(self.device),
+                "exp_avg": moments[f"exp_avg.{name}"].to(parameter.device),
+                "exp_avg_sq": moments[f"exp_avg_sq.{name}"].to(parameter.device),
             }
         self.report(Notice(f"goes on after step {self.state.step} of {self.schedule.steps}"))
 
