@@ -153,7 +153,7 @@ TYPED: list[tuple[type[StepConfig], str, dict[str, Any]]] = [
         PlanDevicesConfig,
         "m --dtype fp16 --quantize int8 --attention sdpa --gpus 2x24GiB,48GB --parallel ddp --rank 4 --lora-alpha 7.5 "
         "--lora-dropout 0.25 --target-modules q_proj,v_proj --block-size auto --batch-size 3 "
-        "--gradient-accumulation-steps 2 --no-gradient-checkpointing --output /o.json --compare",
+        "--gradient-accumulation-steps 2 --no-gradient-checkpointing --output /o.json --compare --probe",
         {
             "model": "m",
             "dtype": "fp16",
@@ -172,6 +172,7 @@ TYPED: list[tuple[type[StepConfig], str, dict[str, Any]]] = [
             "gradient_checkpointing": False,
             "output": "/o.json",
             "compare": True,
+            "probe": True,
         },
     ),
     (

@@ -245,6 +245,15 @@ def plan_run(shape: Shape, work: Workload, free: Budgets, path: Path | None) -> 
     return replace(made, device_map=plan["device_map"] or made.device_map)
 
 
+def corrected(plan: Plan, factor: float) -> Plan:
+    """The same plan, where what comes and goes in a step takes `factor` times as much as it was counted for."""
+    loads = []
+    for load in plan.loads:
+        sizes = {name: round(factor * getattr(load.bytes, name)) for name in ("activations", "loss", "slack")}
+        loads.append(replace(load, bytes=load.bytes._replace(**sizes)))
+    return replace(plan, loads=tuple(loads))
+
+
 def with_attention(plan: Plan, kind: AttentionKind) -> Plan:
     """The same plan, counted for the attention that a run found out that it uses."""
     budgets = {load.device: load.budget_bytes for load in plan.loads}
