@@ -32,8 +32,8 @@ def tiny(tmp_path: Path) -> Path:
     ids=str,
 )
 def test_the_probe_finds_what_is_counted(options: tuple[object, ...], cli: Cli, tiny: Path) -> None:
-    """Measured by torch's allocator on this CPU: within 4 %, an operation's inner copies included; int8 doesn't quantize
-    activations on a CPU, which is counted."""
+    """Measured by torch's allocator on this CPU: within 4 %, an operation's inner copies included; int8 is counted with
+    its quantization of activations, which a CPU leaves out."""
     ran = cli("plan-devices", tiny, "--cpu", "8GiB", "--block-size", 256, *options, "--probe", "--json")
     assert ran.code == 0, ran.err
     probed = ran.json["probed"]
