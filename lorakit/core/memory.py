@@ -205,15 +205,15 @@ class StepMemory:
         gradients, 12 bytes); the last norm's backward pass; each layer's, where what lies below is still kept and the
         gradients above are there; and the optimizer's step.
         Data-parallel devices hold all gradients and as much again in buckets (torch's DistributedDataParallel); FSDP's
-        hold 1/shards of weights and states, and two layers whole, one computed and one fetched ahead (fully_shard).
+        hold 1/shards of weights and states, and whole what lies outside of the layers and two of them, one computed
+        and one fetched ahead (torch's fully_shard).
         """
         layers = self.layers[part.first : part.end]
-        weights, parameters = self._outside(part)
-        weights += sum(layer.weights for layer in layers)
+        outside, parameters = self._outside(part)
+        weights = outside + sum(layer.weights for layer in layers)
         parameters += sum(layer.parameters for layer in layers)
         if shards > 1:
-            largest = max((layer.weights for layer in self.layers), default=0)
-            weights = weights // shards + 2 * largest
+            weights = weights // shards + outside + 2 * max(layer.weights for layer in self.layers)
             parameters = -(-parameters // shards)
         all_gradients = 4 * parameters
         always = all_gradients * (2 if copies > 1 else 1) if self.work.accumulates or copies > 1 else 0
