@@ -151,13 +151,14 @@ TYPED: list[tuple[type[StepConfig], str, dict[str, Any]]] = [
     ),
     (
         PlanDevicesConfig,
-        "m --dtype fp16 --quantize int8 --gpus 2x24GiB,48GB --parallel ddp --rank 4 --lora-alpha 7.5 "
+        "m --dtype fp16 --quantize int8 --attention sdpa --gpus 2x24GiB,48GB --parallel ddp --rank 4 --lora-alpha 7.5 "
         "--lora-dropout 0.25 --target-modules q_proj,v_proj --block-size auto --batch-size 3 "
-        "--gradient-accumulation-steps 2 --no-gradient-checkpointing --output /o.json --compare",
+        "--gradient-accumulation-steps 2 --no-gradient-checkpointing --output /o.json --compare --probe",
         {
             "model": "m",
             "dtype": "fp16",
             "quantize": "int8",
+            "attention": "sdpa",
             "gpus": [24 * 2**30, 24 * 2**30, 48 * 10**9],
             "cpu": [],
             "parallel": "ddp",
@@ -171,6 +172,7 @@ TYPED: list[tuple[type[StepConfig], str, dict[str, Any]]] = [
             "gradient_checkpointing": False,
             "output": "/o.json",
             "compare": True,
+            "probe": True,
         },
     ),
     (

@@ -28,7 +28,8 @@ FLOORS = (
     ("proving",),
     ("attention",),
     ("evaluation", "generation"),
-    ("training", "merging", "starter", "planning"),
+    ("training", "merging", "starter", "probing"),
+    ("planning",),
 )
 """The rooms of the core from the ground up; rooms on one floor don't import each other."""
 

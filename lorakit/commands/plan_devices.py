@@ -26,18 +26,18 @@ def run(config: "PlanDevicesConfig", console: Console) -> None:
     if planned.compared:
         header = ("strategy", "base", "fits", "fullest device", "", "on H200s")
         console.table("compared:", header, [_row(other) for other in planned.compared])
+    if planned.probed:
+        console.say(
+            f"Probed: the step on one layer took {planned.probed.factor:.1%} of what is counted; corrected by that."
+        )
     fullest = max(plan.loads, key=lambda load: load.share)
     console.say(f"{'It fits' if plan.fits else 'It does not fit'}: {fullest.name} needs {_gib(fullest)}.")
     for change in planned.suggestions:
         console.say(f"With {change.option} it would: {change.change}, {change.plan.peak_bytes / 2**30:.1f} GiB.")
-    facts = {**plan.as_json(), "suggestions": [change.as_json() for change in planned.suggestions]}
-    console.result(facts | ({"compared": [other.as_json() for other in planned.compared]} if planned.compared else {}))
+    console.result(planned.as_json())
     if not plan.fits:
-        hint = (
-            f"add {planned.suggestions[0].option}"
-            if planned.suggestions
-            else "no single change is enough: combine some"
-        )
+        changes = [f"add {change.option}" for change in planned.suggestions]
+        hint = changes[0] if changes else "no single change is enough: combine some"
         raise OutOfMemory(f"{plan.shape.name}: found a need of {_gib(fullest)} on {fullest.name}, need more", hint)
     console.hint(f"lorakit train --model {config.model.model} --blocks DIR --plan {config.plan.output or 'FILE'}")
 

@@ -16,16 +16,17 @@ run folder     what `train` writes: checkpoints and metrics while it runs, the a
 
 Imports go down only:
 
-    training, merging, starter, planning
-        evaluation, generation
-            attention
-                proving
-                    preparing, model, trials
-                        sources, packing, blocks, adapters, cases, miniature, placement
-                            readers, tokenization, implementations, memory
-                                records, profiling, shapes
-                                    templates, weights, hub, environment
-                                        artifacts
-                                            config, disk
-                                                errors, events
+    planning
+        training, merging, starter, probing
+            evaluation, generation
+                attention
+                    proving
+                        preparing, model, trials
+                            sources, packing, blocks, adapters, cases, miniature, placement
+                                readers, tokenization, implementations, memory
+                                    records, profiling, shapes
+                                        templates, weights, hub, environment
+                                            artifacts
+                                                config, disk
+                                                    errors, events
 """

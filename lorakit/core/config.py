@@ -396,6 +396,9 @@ class PlannedModelSection(Section):
         "none",
         "Keep the base's linear layers in 8 bits (LLM.int8) or 4 (QLoRA's NF4, or FP4, with double quantization).",
     )
+    attention: Attention = setting(
+        "auto", "Implementation of attention that train will use. auto: varlen, which keeps least."
+    )
 
 
 class DevicesSection(Section):
@@ -451,6 +454,11 @@ class PlanSection(Section):
         None, "File to write the plan to, for `lorakit train --plan`.", metavar="FILE", decides_result=False
     )
     compare: bool = setting(False, "Show every way of sharing the work with every kind of base.", decides_result=False)
+    probe: bool = setting(
+        False,
+        "On the machine that will train: run one layer of random weights in train's own step, and correct the plan.",
+        decides_result=False,
+    )
 
 
 class AdapterSection(Section):

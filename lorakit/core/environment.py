@@ -54,8 +54,8 @@ def patched_transformers() -> str | None:
 def let_gpu_memory_grow() -> None:
     """Have torch grow its pieces of GPU memory instead of rounding large ones up, unless the user says otherwise: what
     is allocated is then what was asked for, and less lies idle. Before torch's first allocation on a GPU."""
-    if "PYTORCH_ALLOC_CONF" not in os.environ:
-        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # its older name, which torch asks for too
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
 def cache_folder() -> Path:
@@ -68,13 +68,19 @@ def cache_folder() -> Path:
 
 
 def free_gpu_bytes() -> list[int]:
-    """The free memory of each NVIDIA GPU, as its driver says; none where there is no driver. No torch."""
+    """The free memory of each NVIDIA GPU that CUDA_VISIBLE_DEVICES shows, as the driver says; none where there is no
+    driver. No torch."""
     command = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
-        return [int(line) * 2**20 for line in answer.split()]
+        found = [int(line) * 2**20 for line in answer.split()]
     except (OSError, subprocess.SubprocessError, ValueError):
         return []
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None or not all(part.strip().isdigit() for part in visible.split(",") if part.strip()):
+        return found
+    numbers = [int(part) for part in visible.split(",") if part.strip()]
+    return [found[number] for number in numbers if number < len(found)]
 
 
 def free_ram_bytes() -> int:

@@ -33,6 +33,18 @@ _ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj")
 _MLP_INPUTS = ("gate_proj", "up_proj")
 
 
+AttentionKind = Literal["varlen", "documents", "sdpa", "eager"]
+"""What attention keeps: what flash kernels do; the same document after document, as varlen on a CPU; with a dense mask;
+or with all scores."""
+
+
+def attention_kind(name: str, *, on_gpu: bool) -> AttentionKind:
+    """What kind of attention `--attention` names."""
+    if name == "sdpa" or name == "eager":
+        return name  # type: ignore[return-value]
+    return "varlen" if on_gpu else "documents"
+
+
 @dataclass(frozen=True)
 class Workload:
     """The settings that decide what a step takes. `dtype` is resolved: no auto."""
@@ -46,7 +58,7 @@ class Workload:
     batch_size: int
     accumulates: bool
     gradient_checkpointing: bool
-    attention: Literal["varlen", "sdpa"] = "varlen"
+    attention: AttentionKind = "varlen"
     loss_tokens: int = LOSS_TOKENS
 
     @classmethod
@@ -56,8 +68,11 @@ class Workload:
         dtype: Literal["bf16", "fp16", "fp32"],
         block_size: int,
         batch_size: int,
+        *,
+        on_gpu: bool,
     ) -> "Workload":
-        """What `config` asks for, with what it may leave open: the number type, the block and the batch."""
+        """What `config` asks for, with what it may leave open: the number type, the block and the batch. Attention that
+        is left open is varlen."""
         return cls(
             dtype=dtype,
             quantize=config.model.quantize,
@@ -68,6 +83,7 @@ class Workload:
             batch_size=batch_size,
             accumulates=config.batch.accumulates,
             gradient_checkpointing=config.batch.gradient_checkpointing,
+            attention=attention_kind(config.model.attention, on_gpu=on_gpu),
         )
 
     @property
@@ -189,15 +205,15 @@ class StepMemory:
         gradients, 12 bytes); the last norm's backward pass; each layer's, where what lies below is still kept and the
         gradients above are there; and the optimizer's step.
         Data-parallel devices hold all gradients and as much again in buckets (torch's DistributedDataParallel); FSDP's
-        hold 1/shards of weights and states, and two layers whole, one computed and one fetched ahead (fully_shard).
+        hold 1/shards of weights and states, and whole what lies outside of the layers and two of them, one computed
+        and one fetched ahead (torch's fully_shard).
         """
         layers = self.layers[part.first : part.end]
-        weights, parameters = self._outside(part)
-        weights += sum(layer.weights for layer in layers)
+        outside, parameters = self._outside(part)
+        weights = outside + sum(layer.weights for layer in layers)
         parameters += sum(layer.parameters for layer in layers)
         if shards > 1:
-            largest = max((layer.weights for layer in self.layers), default=0)
-            weights = weights // shards + 2 * largest
+            weights = weights // shards + outside + 2 * max(layer.weights for layer in self.layers)
             parameters = -(-parameters // shards)
         all_gradients = 4 * parameters
         always = all_gradients * (2 if copies > 1 else 1) if self.work.accumulates or copies > 1 else 0
@@ -234,9 +250,10 @@ class StepMemory:
     @cached_property
     def _shared(self) -> int:
         """Kept for the whole step wherever there are layers: the cosines and sines of the rotary embedding, 2de. For
-        a second forward pass also the positions, 8, and for sdpa the mask of documents, a byte for each pair of tokens
-        of a block."""
-        again = 8 + (self.work.block_size if self.work.attention == "sdpa" else 0)
+        a second forward pass also the positions, 8, and the mask of documents for each pair of tokens of a block: a
+        byte for sdpa, a number for eager."""
+        of_mask = {"sdpa": 1, "eager": self.work.element_bytes}.get(self.work.attention, 0)
+        again = 8 + of_mask * self.work.block_size
         rotary = 2 * self.shape.head_dim * self.work.element_bytes
         return self.work.tokens * (rotary + (again if self.work.gradient_checkpointing else 0))
 
@@ -324,8 +341,7 @@ def _kept(shape: Shape, work: Workload, targets: list[Module], *, all_of_it: boo
 
     RMSNorm (two; of queries and keys too in Qwen3)   its input in fp32 and 1/rms     4h + 4
     q, k, v and gate, up                              their input, where LoRA reads it  eh
-    attention   queries, keys, values, output, fp32 logsumexp (Dao 2023, FlashAttention-2)  e(2q + 2kv) + 4a
-                sdpa with a mask: keys and values of every head, and the mask in numbers    e(4q + block size) + 4a
+    attention                                         see _attention_kept
     SwiGLU                                            gate, silu(gate), up              3ei
     down                                              its input, where LoRA reads it    ei
     each LoRA module                                  A's output                        er
@@ -340,8 +356,6 @@ def _kept(shape: Shape, work: Workload, targets: list[Module], *, all_of_it: boo
     norms = 4 * h + 4
     if shape.qk_norms:
         norms += 4 * (q + kv) + 4 * (heads + shape.num_kv_heads)
-    keys = 2 * kv if work.attention == "varlen" else 2 * q + work.block_size
-    attention = e * (2 * q + keys) + 4 * heads
     inputs = _inputs_kept(h, work, targets, _ATTENTION_INPUTS)
     swiglu = 0
     if all_of_it:
@@ -351,7 +365,26 @@ def _kept(shape: Shape, work: Workload, targets: list[Module], *, all_of_it: boo
     if work.lora_dropout > 0:
         inputs += sum(module.in_features * (e + 1) for module in counted)
     copies = 2 * lora_parameters(counted, work.rank) if e == 2 else 0
+    attention = _attention_kept(shape, work, read=_inputs_kept(q, work, targets, ("o_proj",)) > 0)
     return work.tokens * (norms + attention + inputs + swiglu + len(counted) * e * work.rank) + copies
+
+
+def _attention_kept(shape: Shape, work: Workload, *, read: bool) -> int:
+    """Bytes a token that attention keeps, its output included, where LoRA at o_proj reads it; s tokens of a block.
+
+    varlen      queries, keys, values, output, fp32 logsumexp (Dao 2023, FlashAttention-2)     e(2q + 2kv) + 4a
+    documents   the same, and where it is read the output that is joined of all documents      e(3q + 2kv) + 4a
+    sdpa        keys and values of every head, and the mask in numbers                         e(4q + s) + 4a
+    eager       keys and values of every head, the output where it is read, softmax in fp32, and in 16 bits what the
+                values are weighted by                                                         e(4q) + 4as + 2as
+    """
+    e, q, kv, heads, block = work.element_bytes, shape.q_size, shape.kv_size, shape.num_heads, work.block_size
+    if work.attention == "eager":
+        return e * (3 + read) * q + heads * block * (4 if e == 4 else 6)
+    if work.attention == "sdpa":
+        return e * (4 * q + block) + 4 * heads
+    outputs = 1 if work.attention == "varlen" else 1 + read
+    return e * (q + 2 * kv + outputs * q) + 4 * heads
 
 
 def _inputs_kept(size: int, work: Workload, targets: list[Module], leaves: tuple[str, ...]) -> int:
@@ -374,7 +407,7 @@ def _moments(shape: Shape, work: Workload, targets: list[Module]) -> list[tuple[
     kept is gone by then, except LLM.int8's input. SwiGLU's product takes as much next: its gradient and its factors'.
     The second norm, where the MLP is done. Attention (FlashAttention-2): the gradients of output, queries, keys and
     values, an fp32 accumulator of the queries' gradient, and with grouped queries the keys' and values' gradients of
-    every head. The first norm, at the layer's end.
+    every head; eager's scores have gradients too, in e and twice in fp32. The first norm, at the layer's end.
     LLM.int8's quantization of down's input in the second forward pass: a cast to fp16, its codes, its absolute values,
     and which are outliers (bitsandbytes int8_vectorwise_quant): 2i + i + 2i + i.
     """
@@ -394,6 +427,8 @@ def _moments(shape: Shape, work: Workload, targets: list[Module]) -> list[tuple[
     sums = one + max(one + matrix, 2 * one) if down else max(one + matrix, 3 * one)
     wide = 2 * e * shape.q_size if shape.num_kv_heads != shape.num_heads else 0
     flash = 2 * e * (shape.q_size + shape.kv_size) + 4 * shape.q_size + 4 * shape.num_heads + wide
+    if work.attention == "eager":
+        flash += (e + 4 + 4) * shape.num_heads * work.block_size
     norm = tokens * _norm_busiest(h) + gradient
     moments = [
         (of_down, kept - gone + gradient + sums),

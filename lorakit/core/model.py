@@ -195,6 +195,46 @@ def _quantization(quantize: str, dtype: torch.dtype) -> BitsAndBytesConfig | Non
     )
 
 
+def random_base(config: Mapping[str, Any], quantize: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """A model of this config with random weights, as `load_base` gives one: frozen, and quantized."""
+    fields = {key: value for key, value in config.items() if key not in ("ids", "model_type", "auto_map")}
+    with quiet_libraries(), torch.device(device):
+        known = AutoConfig.for_model(str(config["model_type"]), **fields)
+        model = AutoModelForCausalLM.from_config(known, dtype=dtype, trust_remote_code=False)
+    if quantize != "none":
+        inner = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+        for name in inner:
+            linear = model.get_submodule(name)
+            if linear is not model.get_output_embeddings():
+                parent, _, leaf = name.rpartition(".")
+                setattr(model.get_submodule(parent), leaf, quantized(linear, quantize, dtype))
+        model.is_loaded_in_8bit, model.is_loaded_in_4bit = quantize == "int8", quantize != "int8"
+    model.requires_grad_(False)
+    model.config.use_cache = False
+    return model.eval()
+
+
+def quantized(linear: torch.nn.Linear, quantize: str, dtype: torch.dtype) -> torch.nn.Module:
+    """bitsandbytes' layer of a linear layer, its weight quantized where it lies."""
+    import bitsandbytes as bnb
+
+    size, bias = (linear.in_features, linear.out_features), linear.bias is not None
+    with torch.device("meta"):
+        if quantize == "int8":
+            made = bnb.nn.Linear8bitLt(*size, bias, has_fp16_weights=False, threshold=6.0)
+        else:
+            made = bnb.nn.Linear4bit(*size, bias, compute_dtype=dtype, compress_statistics=True, quant_type=quantize)
+    if quantize == "int8":
+        codes, scales, _ = bnb.functional.int8_vectorwise_quant(linear.weight.detach().to(torch.float16))
+        made.weight = bnb.nn.Int8Params(codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=scales)
+    else:
+        weight = bnb.nn.Params4bit(linear.weight.detach(), requires_grad=False, quant_type=quantize)
+        made.weight = weight.to(linear.weight.device)
+    if bias:
+        made.bias = torch.nn.Parameter(linear.bias.detach(), requires_grad=False)
+    return made
+
+
 def add_lora(base: PreTrainedModel, lora: LoraSection, seed: int, base_name: str) -> PeftModel:
     """The base with new LoRA matrices in fp32, A drawn from (seed, tensor name) and B zero, so that any engine and any
     number of processes starts from the same adapter.

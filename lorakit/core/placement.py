@@ -14,7 +14,7 @@ from typing import Any, Literal
 from lorakit import __version__
 from lorakit.core.config import differences
 from lorakit.core.errors import EnvironmentUnusable, InputRefused, Mismatch, OutOfMemory
-from lorakit.core.memory import Bytes, Part, StepMemory, Workload
+from lorakit.core.memory import AttentionKind, Bytes, Part, StepMemory, Workload
 from lorakit.core.shapes import Shape
 from lorakit.core.weights import read_json_object
 
@@ -243,6 +243,22 @@ def plan_run(shape: Shape, work: Workload, free: Budgets, path: Path | None) -> 
     devices = [names[device["name"]] for device in plan["devices"]]
     made = make_plan(shape, {device: free[device] for device in devices}, work, "split")
     return replace(made, device_map=plan["device_map"] or made.device_map)
+
+
+def corrected(plan: Plan, factor: float) -> Plan:
+    """The same plan, where what comes and goes in a step takes `factor` times as much as it was counted for."""
+    loads = []
+    for load in plan.loads:
+        sizes = {name: round(factor * getattr(load.bytes, name)) for name in ("activations", "loss", "slack")}
+        loads.append(replace(load, bytes=load.bytes._replace(**sizes)))
+    return replace(plan, loads=tuple(loads))
+
+
+def with_attention(plan: Plan, kind: AttentionKind) -> Plan:
+    """The same plan, counted for the attention that a run found out that it uses."""
+    budgets = {load.device: load.budget_bytes for load in plan.loads}
+    made = make_plan(plan.shape, budgets, replace(plan.work, attention=kind), plan.parallel)
+    return replace(made, device_map=plan.device_map)
 
 
 # The plan file

@@ -7,7 +7,7 @@ out by transformers.
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lorakit.core import disk
 from lorakit.core.config import PlanDevicesConfig
@@ -15,8 +15,11 @@ from lorakit.core.environment import free_gpu_bytes, free_ram_bytes
 from lorakit.core.errors import UsageError
 from lorakit.core.events import Notice, Report
 from lorakit.core.memory import Workload
-from lorakit.core.placement import Budgets, Device, Parallel, Plan, make_plan, read_plan
+from lorakit.core.placement import Budgets, Device, Parallel, Plan, corrected, make_plan, read_plan
 from lorakit.core.shapes import FAMILIES, Shape, config_of, shape_of
+
+if TYPE_CHECKING:
+    from lorakit.core.probing import Probed
 
 _LONGEST_BLOCK = 65_536  # what `prepare` makes at most
 _BLOCK_STEP = 64
@@ -43,6 +46,20 @@ class Planned:
     plan: Plan
     suggestions: tuple[Suggestion, ...]
     compared: tuple[Plan, ...]
+    probed: "Probed | None"
+    """What one layer really took here, where that was asked for; everything else is corrected by it."""
+    moved_bytes: int
+    """By how much that moved the fullest device's peak."""
+
+    def as_json(self) -> dict[str, Any]:
+        """What `--json` shows."""
+        facts = {**self.plan.as_json(), "suggestions": [change.as_json() for change in self.suggestions]}
+        facts |= {"compared": [plan.as_json() for plan in self.compared]} if self.compared else {}
+        return facts | (
+            {"probed": {**vars(self.probed), "factor": self.probed.factor, "moved_bytes": self.moved_bytes}}
+            if self.probed
+            else {}
+        )
 
 
 def plan_devices(config: PlanDevicesConfig, report: Report) -> Planned:
@@ -60,11 +77,18 @@ def plan_devices(config: PlanDevicesConfig, report: Report) -> Planned:
             "--parallel fsdp: found --quantize int8, need none, nf4 or fp4", "int8 can't be cut into shards"
         )
     block, batch = config.batch.block_size, config.batch.batch_size
-    work = Workload.of(config, dtype, 512 if block == "auto" else block, 1 if batch == "auto" else batch)
-    work = replace(work, attention="sdpa" if on_cpu else "varlen")
+    first = (512 if block == "auto" else block, 1 if batch == "auto" else batch)
+    work = Workload.of(config, dtype, *first, on_gpu=not on_cpu)
+
+    probed = None
+    if config.plan.probe:
+        from lorakit.core.probing import probe
+
+        probed = probe(config.model.model, config_of(config.model.model), work, config.lora, on_gpu=not on_cpu)
+    factor = probed.factor if probed else 1.0
 
     def planned(work: Workload) -> Plan:
-        return _choose(shape, budgets, work, config.devices.parallel)
+        return _choose(shape, budgets, work, config.devices.parallel, factor)
 
     if block == "auto":
         step = _largest(lambda size: planned(replace(work, block_size=size * _BLOCK_STEP)).fits, _LONGEST_BLOCK // 64)
@@ -74,14 +98,15 @@ def plan_devices(config: PlanDevicesConfig, report: Report) -> Planned:
             work, batch_size=max(1, _largest(lambda size: planned(replace(work, batch_size=size)).fits, 4096))
         )
     plan = planned(work)
-    suggestions = () if plan.fits else tuple(_changes(plan, budgets))
-    compared = tuple(_compare(plan, budgets)) if config.plan.compare else ()
+    suggestions = () if plan.fits else tuple(_changes(plan, budgets, factor))
+    compared = tuple(_compare(plan, budgets, factor)) if config.plan.compare else ()
     if (output := config.plan.output) is not None:
         if output.exists():
             read_plan(output)  # nothing else is ever replaced
         disk.make_folder(output.parent)
         disk.write_file(output, (json.dumps(plan.as_json(), indent=1) + "\n").encode())
-    return Planned(plan, suggestions, compared)
+    moved = plan.peak_bytes - make_plan(shape, budgets, work, plan.parallel).peak_bytes
+    return Planned(plan, suggestions, compared, probed, moved)
 
 
 def find_shape(name: str, report: Report) -> Shape:
@@ -107,13 +132,24 @@ def _budgets(config: PlanDevicesConfig, report: Report) -> Budgets:
     return dict(enumerate(sizes))
 
 
-def _choose(shape: Shape, budgets: Budgets, work: Workload, parallel: Literal["split", "ddp", "fsdp", "auto"]) -> Plan:
+def _make(shape: Shape, budgets: Budgets, work: Workload, parallel: Parallel, factor: float) -> Plan:
+    return corrected(make_plan(shape, budgets, work, parallel), factor)
+
+
+def _choose(
+    shape: Shape,
+    budgets: Budgets,
+    work: Workload,
+    parallel: Literal["split", "ddp", "fsdp", "auto"],
+    factor: float,
+) -> Plan:
     """The plan asked for; of auto the first that fits: copies are the fastest, then shards, then split layers."""
     if parallel != "auto":
-        return make_plan(shape, budgets, work, parallel)
+        return _make(shape, budgets, work, parallel, factor)
     ways: list[Parallel] = ["ddp", "fsdp"] if len(budgets) > 1 else []
-    plans = (make_plan(shape, budgets, work, way) for way in ways if (way, work.quantize) != ("fsdp", "int8"))
-    return next((plan for plan in plans if plan.fits), None) or make_plan(shape, budgets, work, "split")
+    plans = (_make(shape, budgets, work, way, factor) for way in ways if (way, work.quantize) != ("fsdp", "int8"))
+    fitting = next((plan for plan in plans if plan.fits), None)
+    return fitting or _make(shape, budgets, work, "split", factor)
 
 
 def _largest(fits: Callable[[int], bool], limit: int) -> int:
@@ -128,12 +164,12 @@ def _largest(fits: Callable[[int], bool], limit: int) -> int:
     return low
 
 
-def _changes(plan: Plan, budgets: Budgets) -> Iterator[Suggestion]:
+def _changes(plan: Plan, budgets: Budgets, factor: float) -> Iterator[Suggestion]:
     """Each single change that makes a plan fit, those that cost least first."""
     shape, work, parallel = plan.shape, plan.work, plan.parallel
 
     def again(changed: Workload, budgets: Budgets = budgets, parallel: Parallel = parallel) -> Plan:
-        return make_plan(shape, budgets, changed, parallel)
+        return _make(shape, budgets, changed, parallel, factor)
 
     tried: list[tuple[str, str, Plan]] = []
     batch = _largest(lambda size: again(replace(work, batch_size=size)).fits, work.batch_size - 1)
@@ -170,10 +206,10 @@ def _typed(budgets: Budgets) -> str:
     return f"{len(sizes)}x{sizes[0]}" if len(set(sizes)) == 1 else ",".join(sizes)
 
 
-def _compare(plan: Plan, budgets: Budgets) -> Iterator[Plan]:
+def _compare(plan: Plan, budgets: Budgets, factor: float) -> Iterator[Plan]:
     """Every way of sharing the work with every kind of base."""
     ways: tuple[Parallel, ...] = ("split", "ddp", "fsdp") if len(budgets) > 1 else ("split",)
     for way in ways:
         for quantize in _QUANTIZATIONS:
             if (way, quantize) != ("fsdp", "int8"):
-                yield make_plan(plan.shape, budgets, replace(plan.work, quantize=quantize), way)
+                yield _make(plan.shape, budgets, replace(plan.work, quantize=quantize), way, factor)

@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ from lorakit.core.errors import (
 from lorakit.core.evaluation import loss_sum
 from lorakit.core.events import Notice, Progress, Report
 from lorakit.core.hub import model_folder
-from lorakit.core.memory import Workload
+from lorakit.core.memory import Workload, attention_kind
 from lorakit.core.model import (
     add_lora,
     checkpoint_activations,
@@ -61,7 +61,7 @@ from lorakit.core.model import (
     require_vocabulary,
     shape_for,
 )
-from lorakit.core.placement import Budgets, Plan, plan_run
+from lorakit.core.placement import Budgets, Plan, plan_run, with_attention
 from lorakit.core.tokenization import load_tokenizer, spec_of, tokenizer_files
 from lorakit.core.weights import Weights, open_weights
 
@@ -216,6 +216,9 @@ class _Run:
         base = load_base(weights, dtype, self.device, config.model.quantize, device_map)
         self.state.attention = _attention(base, config, checkpoint, report)
         report(Notice(f"attention: {self.state.attention}"))
+        if self.plan:
+            on_gpu = self.device.type == "cuda"
+            self.plan = with_attention(self.plan, attention_kind(self.state.attention, on_gpu=on_gpu))
         self.model = add_lora(base, config.lora, batch.seed, config.model.model)
         require_vocabulary(self.model, blocks.largest_id(), blocks.path)
         if blocks.template is not None:
@@ -254,10 +257,10 @@ class _Run:
             if path is not None:
                 raise
             return None
-        work = Workload.of(config, dtype_name(dtype), self.blocks.size, config.batch.batch_size)
-        work = replace(work, attention="sdpa" if self.device.type == "cpu" else "varlen")
+        on_gpu, block = self.device.type == "cuda", self.blocks.size
+        work = Workload.of(config, dtype_name(dtype), block, config.batch.batch_size, on_gpu=on_gpu)
         free: Budgets = {"cpu": free_ram_bytes()}
-        if self.device.type == "cuda":
+        if on_gpu:
             free = {number: torch.cuda.mem_get_info(number)[0] for number in range(torch.cuda.device_count())}
         plan = plan_run(shape, work, free, path)
         if not plan.fits:
@@ -386,8 +389,8 @@ class _Run:
             parameter.data.copy_(weights[name])
             self.optimizer.state[parameter] = {
                 "step": torch.tensor(float(self.state.step)),
-                "exp_avg": moments[f"exp_avg.{name}"].to(self.device),
-                "exp_avg_sq": moments[f"exp_avg_sq.{name}"].to(self.device),
+                "exp_avg": moments[f"exp_avg.{name}"].to(parameter.device),
+                "exp_avg_sq": moments[f"exp_avg_sq.{name}"].to(parameter.device),
             }
         self.report(Notice(f"goes on after step {self.state.step} of {self.schedule.steps}"))
 

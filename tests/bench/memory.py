@@ -33,6 +33,7 @@ from lorakit.core.model import (  # noqa: E402
     checkpoint_activations,
     leave_casts_to_autocast,
     lora_parameters,
+    quantized,
 )
 from lorakit.core.shapes import Shape, config_of, shape_of  # noqa: E402
 from tests.live import LiveBytes  # noqa: E402
@@ -132,43 +133,19 @@ def random_base(row: Row, device: torch.device) -> Any:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     head = model.get_output_embeddings()
     for name, module in list(model.named_modules()):
+        for key, parameter in list(module.named_parameters(recurse=False)):
+            made = torch.empty(parameter.shape, dtype=torch.bfloat16, device=device)
+            made = made.fill_(1) if made.dim() == 1 else made.normal_(0, SPREAD)
+            setattr(module, key, torch.nn.Parameter(made, requires_grad=False))
         if isinstance(module, torch.nn.Linear) and module is not head and row.quantize != "none":
             parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, quantized(module, row.quantize, device))
-        else:
-            for key, parameter in list(module.named_parameters(recurse=False)):
-                made = torch.empty(parameter.shape, dtype=torch.bfloat16, device=device)
-                made = made.fill_(1) if made.dim() == 1 else made.normal_(0, SPREAD)
-                setattr(module, key, torch.nn.Parameter(made, requires_grad=False))
+            setattr(model.get_submodule(parent), leaf, quantized(module, row.quantize, torch.bfloat16))
     with torch.device(device):
         model.model.rotary_emb = type(model.model.rotary_emb)(config)
     model.is_loaded_in_8bit, model.is_loaded_in_4bit = row.quantize == "int8", row.quantize in ("nf4", "fp4")
     model.requires_grad_(False)
     model.config.use_cache = False
     return model
-
-
-def quantized(linear: Any, quantize: str, device: torch.device) -> Any:
-    """bitsandbytes' own layer of a linear layer's size, its weight quantized on the device from random numbers."""
-    import bitsandbytes as bnb
-
-    size = (linear.out_features, linear.in_features)
-    bias = linear.bias is not None
-    with torch.device("meta"):
-        if quantize == "int8":
-            made = bnb.nn.Linear8bitLt(size[1], size[0], bias, has_fp16_weights=False, threshold=6.0)
-        else:
-            made = bnb.nn.Linear4bit(
-                size[1], size[0], bias, compute_dtype=torch.bfloat16, compress_statistics=True, quant_type=quantize
-            )
-    values = torch.empty(size, dtype=torch.float16 if quantize == "int8" else torch.bfloat16, device=device)
-    values.normal_(0, SPREAD)
-    if quantize == "int8":
-        made.weight = bnb.nn.Int8Params(values, requires_grad=False, has_fp16_weights=False).to(device)
-    else:
-        parameter = bnb.nn.Params4bit(values, requires_grad=False, compress_statistics=True, quant_type=quantize)
-        made.weight = parameter.to(device)
-    return made
 
 
 # The step

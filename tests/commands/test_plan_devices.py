@@ -115,7 +115,7 @@ def test_without_gpus_the_machine_is_asked(cli: Cli, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(planning, "free_gpu_bytes", list)
     ran = cli("plan-devices", "smollm2-135m", "--json")
     assert set(ran.json["device_map"].values()) == {"cpu"}
-    assert (ran.json["settings"]["dtype"], ran.json["settings"]["attention"]) == ("fp32", "sdpa")
+    assert (ran.json["settings"]["dtype"], ran.json["settings"]["attention"]) == ("fp32", "documents")
     assert 2**20 < ran.json["devices"][0]["budget_bytes"] < 2**50
     assert "no GPU here" in ran.err
 
@@ -125,6 +125,11 @@ def test_the_driver_is_asked_without_torch(monkeypatch: pytest.MonkeyPatch, tmp_
     driver.write_text("#!/bin/sh\necho 24000\necho 8000\n")
     driver.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    shown = {"1,0": [8000, 24000], "1": [8000], "0, 7": [24000], "": [], "GPU-1f": [24000, 8000]}
+    for visible, sizes in shown.items():
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert environment.free_gpu_bytes() == [size * 2**20 for size in sizes]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     assert environment.free_gpu_bytes() == [24000 * 2**20, 8000 * 2**20]
     driver.write_text("#!/bin/sh\necho no devices; exit 9\n")
     assert environment.free_gpu_bytes() == []

@@ -53,20 +53,19 @@ def test_asking_makes_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_torchs_gpu_memory_grows_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
-    names = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
-    for name in names:
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "backend:native")
+    old, new = "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"
+    monkeypatch.delenv(new, raising=False)
+    monkeypatch.setenv(old, "backend:native")
     let_gpu_memory_grow()
-    assert "PYTORCH_CUDA_ALLOC_CONF" not in os.environ
-    monkeypatch.delenv("PYTORCH_ALLOC_CONF")
-    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "")
+    assert new not in os.environ
+    monkeypatch.delenv(old)
+    monkeypatch.setenv(new, "")
     let_gpu_memory_grow()
-    assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == ""
-    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
+    assert os.environ[new] == ""
+    monkeypatch.delenv(new)
     let_gpu_memory_grow()
-    assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
-    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "")  # so that what was set here is taken back
+    assert os.environ[new] == "expandable_segments:True"
+    monkeypatch.setenv(new, "")  # so that what was set here is taken back
 
 
 # A transformers that was edited by hand

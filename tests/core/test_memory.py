@@ -13,6 +13,7 @@ import torch
 from lorakit.core.blocks import Batch
 from lorakit.core.config import LoraSection
 from lorakit.core.evaluation import loss_sum
+from lorakit.core.implementations import register
 from lorakit.core.memory import Part, StepMemory, Workload, is_quantized, weight_bytes
 from lorakit.core.model import add_lora, checkpoint_activations, leave_casts_to_autocast, load_base, lora_parameters
 from lorakit.core.shapes import Shape, config_of, shape_of
@@ -60,6 +61,7 @@ def _varlen() -> None:
         return Flash.apply(query, key, value).view(*query.transpose(1, 2).shape), None
 
     AttentionInterface.register("keeps_like_varlen", attend)
+    register()
 
 
 @pytest.fixture
@@ -80,7 +82,8 @@ def build(tmp_path: Path) -> Any:
         AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**SIZES, **given})).save_pretrained(folder)
         make_tokenizer(folder)
         base = load_base(open_weights(folder), DTYPES[workload.dtype], torch.device("cpu"), workload.quantize)
-        base.set_attn_implementation("sdpa" if workload.attention == "sdpa" else "keeps_like_varlen")
+        implementations = {"varlen": "keeps_like_varlen", "documents": "varlen"}
+        base.set_attn_implementation(implementations.get(workload.attention, workload.attention))
         model = add_lora(base, LoraSection(rank=rank, target_modules=targets), 0, "tiny")
         if workload.gradient_checkpointing:
             checkpoint_activations(model)
@@ -100,7 +103,7 @@ def whole(shape: Shape) -> Part:
     return Part(0, shape.num_layers, embedding=True, norm=True, head=True)
 
 
-@pytest.mark.parametrize("attention", ["varlen", "sdpa"])
+@pytest.mark.parametrize("attention", ["varlen", "documents", "sdpa", "eager"])
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize(
     "given",
@@ -126,13 +129,17 @@ def test_a_layer_keeps_what_autograd_keeps(given: dict[str, Any], dtype: str, at
     hidden = torch.randn(work.batch_size, work.block_size, shape.hidden_size, dtype=DTYPES[dtype], requires_grad=True)
     positions = torch.arange(work.block_size)[None].expand(work.batch_size, -1)
     rotary = base.rotary_emb(hidden, positions)
-    mask = None
-    if attention == "sdpa":
-        mask = torch.ones(work.batch_size, 1, work.block_size, work.block_size, dtype=torch.bool).tril()
+    how: dict[str, Any] = {"attention_mask": None, "position_embeddings": rotary}
+    if attention in ("sdpa", "eager"):
+        size = (work.batch_size, 1, work.block_size, work.block_size)
+        how["attention_mask"] = torch.ones(size, dtype=torch.bool if attention == "sdpa" else DTYPES[dtype]).tril()
+    elif attention == "documents":
+        how["cu_seq_lens_q"] = torch.arange(0, work.tokens + 1, 32, dtype=torch.int32)
+        how["max_length_q"] = 32
 
     def run() -> torch.Tensor:
         with autocast(work):
-            return base.layers[1](hidden, attention_mask=mask, position_embeddings=rotary)  # type: ignore[no-any-return]
+            return base.layers[1](hidden, **how)  # type: ignore[no-any-return]
 
     run()
     ignored = [*model.parameters(), *model.buffers(), *rotary]
@@ -155,7 +162,10 @@ STEPS = [
     {"quantize": "fp4", "gradient_checkpointing": False},
     {"quantize": "int8"},
     {"quantize": "int8", "gradient_checkpointing": False},
+    {"attention": "documents"},
+    {"attention": "documents", "gradient_checkpointing": False, "num_key_value_heads": 4},
     {"attention": "sdpa"},
+    {"attention": "eager", "gradient_checkpointing": False, "block_size": 16},
     {"attention": "sdpa", "gradient_checkpointing": False, "quantize": "nf4"},
     {"accumulates": True},
     {"num_hidden_layers": 8, "rank": 64, "block_size": 16},
@@ -200,7 +210,7 @@ def stepping(built: tuple[Any, Shape, Workload]) -> tuple[Shape, Workload, Calla
     model, shape, work = built
     ids = np.random.default_rng(0).integers(0, 320, (work.batch_size, work.block_size))
     positions = np.tile(np.arange(work.block_size), (work.batch_size, 1))
-    if work.attention == "sdpa":
+    if work.attention != "varlen":
         positions[:, work.block_size // 2 :] -= work.block_size // 2  # two documents, so that there is a mask
     batch = Batch(ids, positions, positions > -1)
     batch.trained_BT[:, 0] = False
@@ -263,7 +273,9 @@ def test_more_of_anything_never_takes_less() -> None:
         {"batch_size": 3},
         {"rank": 64},
         {"gradient_checkpointing": False},
+        {"attention": "documents"},
         {"attention": "sdpa"},
+        {"attention": "eager"},
         {"dtype": "fp32"},
         {"lora_dropout": 0.05},
         {"loss_tokens": 2048},
@@ -295,5 +307,6 @@ def test_data_parallel_and_sharded_devices_hold_what_their_engines_do() -> None:
     shard = memory.peak(whole(shape), shards=4)
     assert copy.gradients == 2 * alone.lora
     assert (copy.weights, copy.lora, copy.optimizer) == (alone.weights, alone.lora, alone.optimizer)
-    assert shard.weights == alone.weights // 4 + 2 * memory.layers[0].weights
+    outside = alone.weights - 32 * memory.layers[0].weights
+    assert shard.weights == alone.weights // 4 + outside + 2 * memory.layers[0].weights
     assert shard.lora == alone.lora // 4

@@ -496,6 +496,18 @@ def test_a_run_by_a_plan_is_the_run_without(
     assert train("with", *command, "--plan", path).json["already_done"]
 
 
+def test_planned_is_for_the_attention_that_runs(train: Callable[..., Ran], plan: Callable[..., Path]) -> None:
+    planned = {}
+    for attention in ("varlen", "sdpa", "eager"):
+        ran = train(attention, "--attention", attention, "--max-steps", 1, "--plan", plan("--attention", attention))
+        assert ran.code == 0, ran.err
+        planned[attention] = ran.json["planned_bytes"]
+    assert planned["varlen"] < planned["sdpa"] < planned["eager"]
+    ran = train("run", "--attention", "sdpa", "--max-steps", 1, "--plan", plan())
+    assert ran.code == 5
+    assert "attention: found 'documents', asked for 'sdpa'" in ran.err
+
+
 def test_measured_stands_beside_planned(cli: Cli, tiny_llama: Path, blocks: Path, tmp_path: Path) -> None:
     ran = cli("train", "--model", tiny_llama, "--blocks", blocks, "--max-steps", 1, "--output", tmp_path / "run")
     assert re.search(r"peak memory +\d+\.\d\d GiB, \d+\.\d\d planned for tensors", ran.out)
