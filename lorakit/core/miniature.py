@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from lorakit.core.errors import InputRefused
 from lorakit.core.implementations import Shape, guard, keep_apart, smaller
+from lorakit.core.tokenization import quiet_libraries
 
 _VOCABULARY = 199
 _DOCUMENTS = (9, 1, 14)
@@ -25,17 +26,18 @@ def miniature(config: Any, shape: Shape, implementation: str, device: torch.devi
     kinds = list(dict.fromkeys(getattr(config, "layer_types", None) or []))
     kinds *= 2 if len(kinds) == 1 else 1
     torch.manual_seed(0)
-    small = smaller(
-        config,
-        hidden_size=8 * shape.num_heads,
-        intermediate_size=64,
-        vocab_size=_VOCABULARY,
-        num_hidden_layers=len(kinds) or 2,
-        layer_types=kinds,
-        head_dim=shape.head_dim,
-    )
-    small.pad_token_id, small.bos_token_id, small.eos_token_id = 0, None, None
-    model = AutoModelForCausalLM.from_config(small, attn_implementation=implementation)
+    with quiet_libraries():  # which advise about the ids of special tokens in so small a vocabulary
+        small = smaller(
+            config,
+            hidden_size=8 * shape.num_heads,
+            intermediate_size=64,
+            vocab_size=_VOCABULARY,
+            num_hidden_layers=len(kinds) or 2,
+            layer_types=kinds,
+            head_dim=shape.head_dim,
+        )
+        small.pad_token_id, small.bos_token_id, small.eos_token_id = 0, None, None
+        model = AutoModelForCausalLM.from_config(small, attn_implementation=implementation)
     for parameter in model.parameters():
         if parameter.dim() > 1:  # large enough that a leak isn't lost in rounding
             parameter.data.normal_(0, parameter.shape[-1] ** -0.5)

@@ -98,6 +98,16 @@ def test_a_model_whose_attention_cant_be_proven_is_trained_as_transformers_would
         resolve("varlen", config, torch.float32, CPU, said.append)
 
 
+def test_a_proof_says_nothing_on_the_screen(capfd: pytest.CaptureFixture[str]) -> None:
+    """Also of special tokens that a small model has no room for."""
+    config = transformers.LlamaConfig(
+        **{**CONFIG.to_dict(), "vocab_size": 400, "eos_token_id": 399, "pad_token_id": 398}
+    )
+    capfd.readouterr()
+    assert resolve("auto", config, torch.float32, CPU, lambda event: None) == "varlen"
+    assert capfd.readouterr() == ("", "")
+
+
 # Kept
 
 
