@@ -116,7 +116,7 @@ class Console:
         first letter of its name; what exceeds the bar is cut off with `>`."""
         names = max(len(name) for name, _, _ in rows)
         for name, parts, figure in rows:
-            edges = [round(width * edge) for edge in itertools.accumulate(parts.values(), initial=0.0)]
+            edges = [min(round(width * edge), width + 1) for edge in itertools.accumulate(parts.values(), initial=0.0)]
             pieces = zip(parts, itertools.pairwise(edges), strict=True)
             drawn = "".join(part[0] * (end - start) for part, (start, end) in pieces)
             drawn = drawn[: width - 1] + ">" if len(drawn) > width else drawn.ljust(width, "·")

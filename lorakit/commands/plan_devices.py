@@ -15,14 +15,14 @@ def run(config: "PlanDevicesConfig", console: Console) -> None:
 
     Example: lorakit plan-devices llama-65b --gpus 8x24GiB --quantize int8 --block-size 600 --batch-size 2
     """
-    from lorakit.core.planning import plan_devices
+    from lorakit.core.planning import next_command, plan_devices
 
     planned = plan_devices(config, console.report)
     plan, work = planned.plan, planned.plan.work
     settings = f"{work.quantize}/{work.dtype} base, rank {work.rank}, {work.batch_size} × {work.block_size:,} tokens"
     console.say(f"{plan.shape.name}: {plan.shape.parameters / 1e9:.2f} B parameters, {settings}, {plan.parallel}")
     console.bars([(load.name, _parts(load), f"{_gib(load):>12}") for load in plan.loads])
-    console.say("w weights, L LoRA with gradients and optimizer, a activations and loss, c CUDA and allocator")
+    console.say("w weights, L LoRA with gradients and optimizer, a activations and loss, c CUDA or Python, allocator")
     if planned.compared:
         header = ("strategy", "base", "fits", "fullest device", "", "on H200s")
         console.table("compared:", header, [_row(other) for other in planned.compared])
@@ -39,7 +39,7 @@ def run(config: "PlanDevicesConfig", console: Console) -> None:
         changes = [f"add {change.option}" for change in planned.suggestions]
         hint = changes[0] if changes else "no single change is enough: combine some"
         raise OutOfMemory(f"{plan.shape.name}: found a need of {_gib(fullest)} on {fullest.name}, need more", hint)
-    console.hint(f"lorakit train --model {config.model.model} --blocks DIR --plan {config.plan.output or 'FILE'}")
+    console.hint(next_command(config, plan))
 
 
 def _gib(load: "Load") -> str:

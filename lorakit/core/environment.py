@@ -4,6 +4,7 @@ import base64
 import hashlib
 import importlib.metadata
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +55,7 @@ def patched_transformers() -> str | None:
 def let_gpu_memory_grow() -> None:
     """Have torch grow its pieces of GPU memory instead of rounding large ones up, unless the user says otherwise: what
     is allocated is then what was asked for, and less lies idle. Before torch's first allocation on a GPU."""
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # cuda:0 is then the first that nvidia-smi shows
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # its older name, which torch asks for too
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
@@ -77,10 +79,14 @@ def free_gpu_bytes() -> list[int]:
     except (OSError, subprocess.SubprocessError, ValueError):
         return []
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None or not all(part.strip().isdigit() for part in visible.split(",") if part.strip()):
+    if visible is None or re.match(r"\s*(GPU|MIG)-", visible):
         return found
-    numbers = [int(part) for part in visible.split(",") if part.strip()]
-    return [found[number] for number in numbers if number < len(found)]
+    shown = []
+    for part in visible.split(","):  # as CUDA reads it: up to the first that is none
+        if not part.strip().isdigit() or int(part) >= len(found):
+            break
+        shown.append(found[int(part)])
+    return shown
 
 
 def free_ram_bytes() -> int:

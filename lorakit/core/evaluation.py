@@ -23,8 +23,7 @@ from lorakit.core.events import Notice, Progress, Report
 from lorakit.core.implementations import BY_LENGTHS
 from lorakit.core.memory import LOSS_TOKENS
 from lorakit.core.model import open_model, require_vocabulary
-
-_CHANGES_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale")  # what some models do after the head
+from lorakit.core.shapes import CHANGES_LOGITS
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ def loss_sum(model: Any, batch: Batch, chunk_tokens: int = LOSS_TOKENS) -> Tenso
         lengths = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends}
         lengths |= {"max_length_q": batch.longest, "max_length_k": batch.longest}
     inputs = {"input_ids": ids_BT, "position_ids": positions_BT, "use_cache": False, **lengths}
-    as_it_is = any(getattr(whole.config, field, None) for field in _CHANGES_LOGITS)
+    as_it_is = any(getattr(whole.config, field, None) for field in CHANGES_LOGITS)
     output = (model if as_it_is else whole.base_model)(**inputs)
     last_device = output[0].device  # where layers are split over devices, another than the first
     predicting_BT = torch.from_numpy(batch.trained_BT[:, 1:]).to(last_device)

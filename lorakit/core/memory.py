@@ -25,6 +25,9 @@ CONTEXT_BYTES = 820 * 2**20
 """What CUDA and its kernels take on a card before the first tensor, outside of torch's allocator: 752 MiB with a 16-bit
 base, up to 818 with bitsandbytes (an H100, torch 2.11, CUDA 13)."""
 
+CPU_PROCESS_BYTES = 400 * 2**20
+"""What a process takes on a CPU before the first tensor: Python with torch, transformers and PEFT (398 MiB)."""
+
 SLACK_SHARE = 0.03
 """Share of what comes and goes that torch's allocator holds in pieces too small to use."""
 

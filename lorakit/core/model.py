@@ -13,19 +13,24 @@ from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from lorakit.core.adapters import Adapter, match, open_adapter
 from lorakit.core.config import LoraSection
 from lorakit.core.errors import EnvironmentUnusable, InputRefused, first_line, is_out_of_memory
 from lorakit.core.events import Notice, Report
 from lorakit.core.hub import model_folder
-from lorakit.core.shapes import FAMILIES, Module, Shape, refuse_experts, shape_of
+from lorakit.core.shapes import FAMILIES, Module, Shape, refuse_uncounted, shape_of
 from lorakit.core.tokenization import load_tokenizer, quiet_libraries
 from lorakit.core.weights import Weights, open_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_CANT_BE_LAID_OUT = (
+    *(ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, StopIteration),
+    StrictDataclassError,
+)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -81,7 +86,7 @@ def meta_shape(name: str, config: Mapping[str, Any]) -> Shape:
 
     Raises InputRefused: a model that transformers doesn't know, a mixture of experts, no decoder layers or no head.
     """
-    refuse_experts(name, config)
+    refuse_uncounted(name, config)
     family = str(config.get("model_type"))
     fields = {key: value for key, value in config.items() if key not in ("model_type", "auto_map")}
     try:
@@ -89,7 +94,9 @@ def meta_shape(name: str, config: Mapping[str, Any]) -> Shape:
             known = AutoConfig.for_model(family, **fields)
             model = AutoModelForCausalLM.from_config(known, trust_remote_code=False)
         text = model.config.get_text_config()
-        layers = next(key for key, found in model.named_modules() if isinstance(found, torch.nn.ModuleList))
+        refuse_uncounted(name, {**text.to_dict(), "model_type": family})  # with what the config leaves to its class
+        lists = {key: found for key, found in model.named_modules() if isinstance(found, torch.nn.ModuleList)}
+        layers = next(key for key, found in lists.items() if 0 < len(found) == text.num_hidden_layers)
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
         heads = int(text.num_attention_heads)
         return Shape(
@@ -107,7 +114,7 @@ def meta_shape(name: str, config: Mapping[str, Any]) -> Shape:
             modules=tuple(_meta_modules(model, layers)),
             known=False,
         )
-    except (ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, StopIteration) as error:
+    except (ArithmeticError, *_CANT_BE_LAID_OUT) as error:
         raise InputRefused(
             f"{name}: found the model type {family!r}, which transformers can't lay out ({first_line(error)}); "
             "need a decoder-only language model",
@@ -126,6 +133,8 @@ def _meta_modules(model: PreTrainedModel, layers: str) -> Iterator[Module]:
             yield Module(name, "embedding", module.num_embeddings, module.embedding_dim, layer=layer)
         elif isinstance(module, torch.nn.Linear):
             yield Module(name, "linear", module.out_features, module.in_features, bias, layer)
+        elif isinstance(module, Conv1D):  # GPT-2's linear layer, its weight the other way round
+            yield Module(name, "linear", module.weight.shape[1], module.weight.shape[0], bias, layer)
         elif weight is not None or own:
             elements = sum(found.numel() for found in (weight, *own.values()) if found is not None)
             yield Module(name, "norm", elements, bias=bias, layer=layer)

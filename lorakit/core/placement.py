@@ -5,7 +5,9 @@ lie on the first device). `split` cuts it into consecutive pieces, a device each
 as can be; `ddp` puts all of it on every device, `fsdp` a share of it.
 """
 
+import itertools
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import Any, Literal
 from lorakit import __version__
 from lorakit.core.config import differences
 from lorakit.core.errors import EnvironmentUnusable, InputRefused, Mismatch, OutOfMemory
-from lorakit.core.memory import AttentionKind, Bytes, Part, StepMemory, Workload
+from lorakit.core.memory import CPU_PROCESS_BYTES, AttentionKind, Bytes, Part, StepMemory, Workload
 from lorakit.core.shapes import Shape
 from lorakit.core.weights import read_json_object
 
@@ -24,8 +26,10 @@ Budgets = Mapping[Device, int]
 Parallel = Literal["split", "ddp", "fsdp"]
 
 _FORMAT = 1
-_SHAPE = ("model_type", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "vocab_size")
-
+_SHAPE = (
+    *("model_type", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"),
+    *("vocab_size", "tied", "parameters"),
+)
 
 _OPERATIONS_PER_SECOND = {"none": 325e12, "int8": 103e12, "nf4": 270e12, "fp4": 270e12}
 """What one H200 computes in a second in training steps of transformers + PEFT + bitsandbytes, second forward passes
@@ -49,7 +53,7 @@ class Load:
     @property
     def share(self) -> float:
         """The part of its budget that is used."""
-        return self.bytes.total / self.budget_bytes
+        return self.bytes.total / max(self.budget_bytes, 1)
 
 
 @dataclass(frozen=True)
@@ -132,20 +136,61 @@ def get_device_map(shape: Shape, budgets: Budgets, work: Workload) -> dict[str, 
     return plan.device_map
 
 
-def make_plan(shape: Shape, budgets: Budgets, work: Workload, parallel: Parallel) -> Plan:
-    """The plan for one way of sharing the work. Raises InputRefused where a LoRA target matches no layer."""
+def make_plan(
+    shape: Shape,
+    budgets: Budgets,
+    work: Workload,
+    parallel: Parallel,
+    device_map: Mapping[str, Device] | None = None,
+) -> Plan:
+    """The plan for one way of sharing the work; of split for a map that is there already, where one is given.
+
+    Raises InputRefused where a LoRA target matches no layer, or the map isn't one of consecutive layers of this shape.
+    """
     memory, count = StepMemory(shape, work), len(budgets)
     if parallel == "split":
-        cuts = _best_cuts(memory, list(budgets.values()))
+        if device_map is None:
+            cuts = _best_cuts(memory, list(budgets.values()))
+        else:
+            cuts = _cuts_of(shape, device_map, list(budgets))
         parts = [_part(shape, start, end) for start, end in zip([0, *cuts], cuts, strict=False)]
         loads = [memory.peak(part) if _holds(part) else Bytes() for part in parts]
-        device_map = _device_map(shape, dict(zip(budgets, parts, strict=True)))
+        found = _device_map(shape, dict(zip(budgets, parts, strict=True)))
+        if device_map is not None and found != device_map:
+            raise _no_cut()
     else:
         one = _part(shape, 0, shape.num_layers + 2)
         shared = {"copies": count} if parallel == "ddp" else {"shards": count}
-        loads, device_map = [memory.peak(one, **shared)] * count, None
+        loads, found = [memory.peak(one, **shared)] * count, None
+    if "cpu" in budgets:
+        loads = [load._replace(workspace=0, context=CPU_PROCESS_BYTES) for load in loads]
     devices = zip(budgets.items(), loads, strict=True)
-    return Plan(shape, work, parallel, tuple(Load(name, size, load) for (name, size), load in devices), device_map)
+    return Plan(shape, work, parallel, tuple(Load(name, size, load) for (name, size), load in devices), found)
+
+
+def _cuts_of(shape: Shape, device_map: Mapping[str, Device], devices: list[Device]) -> list[int]:
+    """Where each device's piece of the chain ends, in a device map. Raises InputRefused where it names other modules
+    or devices."""
+    if device_map.keys() != _device_map(shape, {devices[0]: _part(shape, 0, shape.num_layers + 2)}).keys():
+        raise _no_cut()
+    if not set(device_map.values()) <= set(devices):
+        raise _no_cut()
+    layers: dict[Device, int] = dict.fromkeys(devices, 0)
+    for name in {layer_name(module.name, module.layer) for module in shape.modules if module.layer is not None}:
+        if device_map.get(name) in layers:
+            layers[device_map[name]] += 1
+    norms = [device_map.get(module.name) for module in shape.modules if module.layer is None and module.kind == "norm"]
+    cuts = list(itertools.accumulate(layers.values()))
+    first = next((place for place, device in enumerate(devices) if device in device_map.values()), 0)
+    last = next((place for place, device in enumerate(devices) if device in norms), len(devices) - 1)
+    return [cut + (place >= first) + (place >= last) for place, cut in enumerate(cuts)]
+
+
+def _no_cut() -> InputRefused:
+    return InputRefused(
+        "device_map: found one that isn't of consecutive layers of this model, need such a one",
+        "`lorakit plan-devices MODEL --output FILE` writes plans",
+    )
 
 
 def _part(shape: Shape, start: int, end: int) -> Part:
@@ -180,7 +225,7 @@ def _best_cuts(memory: StepMemory, budgets: list[int]) -> list[int]:
     choices: list[list[int]] = []
     for budget in budgets:
         options = [
-            min((max(best[start], bytes_of(start, end) / budget), -start) for start in range(end + 1))
+            min((max(best[start], bytes_of(start, end) / max(budget, 1)), -start) for start in range(end + 1))
             for end in range(links + 1)
         ]
         best = [share for share, _ in options]
@@ -241,8 +286,7 @@ def plan_run(shape: Shape, work: Workload, free: Budgets, path: Path | None) -> 
         )
     refuse_other_plan(path, plan, shape, work)
     devices = [names[device["name"]] for device in plan["devices"]]
-    made = make_plan(shape, {device: free[device] for device in devices}, work, "split")
-    return replace(made, device_map=plan["device_map"] or made.device_map)
+    return make_plan(shape, {device: free[device] for device in devices}, work, "split", plan["device_map"])
 
 
 def corrected(plan: Plan, factor: float) -> Plan:
@@ -257,8 +301,7 @@ def corrected(plan: Plan, factor: float) -> Plan:
 def with_attention(plan: Plan, kind: AttentionKind) -> Plan:
     """The same plan, counted for the attention that a run found out that it uses."""
     budgets = {load.device: load.budget_bytes for load in plan.loads}
-    made = make_plan(plan.shape, budgets, replace(plan.work, attention=kind), plan.parallel)
-    return replace(made, device_map=plan.device_map)
+    return make_plan(plan.shape, budgets, replace(plan.work, attention=kind), plan.parallel, plan.device_map)
 
 
 # The plan file
@@ -269,9 +312,31 @@ def read_plan(path: Path) -> dict[str, Any]:
     hint = "`lorakit plan-devices MODEL --output FILE` writes plans"
     plan = read_json_object(path, hint)
     needed = {"format", "shape", "settings", "parallel", "fits", "peak_bytes", "devices", "device_map"}
-    if plan.get("format") != _FORMAT or not needed <= set(plan):
+    if plan.get("format") != _FORMAT or not needed <= set(plan) or not _is_whole(plan):
         raise InputRefused(f"{path}: found no plan of format {_FORMAT}, need one", hint)
     return plan
+
+
+def _is_whole(plan: Mapping[str, Any]) -> bool:
+    """Whether what a run reads of a plan has the types and names that it should have."""
+    devices, placed = plan["devices"], plan["device_map"]
+    if not isinstance(devices, list) or not all(isinstance(device, dict) for device in devices):
+        return False
+    names = [device.get("name") for device in devices]
+    if not names or len(set(map(str, names))) < len(names) or not all(isinstance(name, str) for name in names):
+        return False
+    known = {
+        "cpu" if name == "cpu" else int(name[5:]) if re.fullmatch(r"cuda:\d{1,4}", name) else name for name in names
+    }
+    whole_map = placed is None or (
+        isinstance(placed, dict) and bool(placed) and all(type(device) in (int, str) for device in placed.values())
+    )
+    return (
+        isinstance(plan["settings"], dict)
+        and isinstance(plan["shape"], dict)
+        and whole_map
+        and set((placed or {}).values()) <= known
+    )
 
 
 def refuse_other_plan(path: Path, plan: Mapping[str, Any], shape: Shape, work: Workload) -> None:
@@ -287,4 +352,6 @@ def refuse_other_plan(path: Path, plan: Mapping[str, Any], shape: Shape, work: W
 
 
 def _settings(work: Workload) -> dict[str, Any]:
-    return {**asdict(work), "target_modules": list(work.target_modules)}
+    found = {**asdict(work), "target_modules": list(work.target_modules)}
+    accumulates = found.pop("accumulates")
+    return {**found, "gradient_accumulation_steps": "more than 1" if accumulates else "1"}

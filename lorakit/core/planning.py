@@ -10,13 +10,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from lorakit.core import disk
-from lorakit.core.config import PlanDevicesConfig
+from lorakit.core.config import PlanDevicesConfig, option_name
 from lorakit.core.environment import free_gpu_bytes, free_ram_bytes
 from lorakit.core.errors import UsageError
 from lorakit.core.events import Notice, Report
 from lorakit.core.memory import Workload
 from lorakit.core.placement import Budgets, Device, Parallel, Plan, corrected, make_plan, read_plan
-from lorakit.core.shapes import FAMILIES, Shape, config_of, shape_of
+from lorakit.core.shapes import FAMILIES, Shape, built_in, config_of, shape_of
 
 if TYPE_CHECKING:
     from lorakit.core.probing import Probed
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 _LONGEST_BLOCK = 65_536  # what `prepare` makes at most
 _BLOCK_STEP = 64
 _QUANTIZATIONS: tuple[Literal["none", "int8", "nf4"], ...] = ("none", "int8", "nf4")
+
+
+Asked = Literal["split", "ddp", "fsdp", "auto"]
 
 
 @dataclass(frozen=True)
@@ -95,10 +98,10 @@ def plan_devices(config: PlanDevicesConfig, report: Report) -> Planned:
         work = replace(work, block_size=max(step, 1) * _BLOCK_STEP)
     if batch == "auto":
         work = replace(
-            work, batch_size=max(1, _largest(lambda size: planned(replace(work, batch_size=size)).fits, 4096))
+            work, batch_size=max(1, _largest(lambda size: planned(replace(work, batch_size=size)).fits, 65_536))
         )
     plan = planned(work)
-    suggestions = () if plan.fits else tuple(_changes(plan, budgets, factor))
+    suggestions = () if plan.fits else tuple(_changes(plan, budgets, config.devices.parallel, factor))
     compared = tuple(_compare(plan, budgets, factor)) if config.plan.compare else ()
     if (output := config.plan.output) is not None:
         if output.exists():
@@ -107,6 +110,27 @@ def plan_devices(config: PlanDevicesConfig, report: Report) -> Planned:
         disk.write_file(output, (json.dumps(plan.as_json(), indent=1) + "\n").encode())
     moved = plan.peak_bytes - make_plan(shape, budgets, work, plan.parallel).peak_bytes
     return Planned(plan, suggestions, compared, probed, moved)
+
+
+def next_command(config: PlanDevicesConfig, plan: Plan) -> str:
+    """The command that trains as it was planned."""
+    if plan.parallel != "split":
+        return f"this version trains in one process: a plan for {plan.parallel} can't be followed yet; --parallel split"
+    given, usual = config.flat(), PlanDevicesConfig.resolve((None, {"model": config.model.model})).flat()
+    names = (
+        *("dtype", "quantize", "attention", "rank", "lora_alpha", "lora_dropout", "target_modules"),
+        *("batch_size", "gradient_accumulation_steps"),
+    )
+    given |= {"batch_size": plan.work.batch_size}
+    options = []
+    for name in names:
+        if given[name] != usual[name]:
+            value = ",".join(given[name]) if isinstance(given[name], list) else given[name]
+            options += [option_name(name), str(value)]
+    options += [] if plan.work.gradient_checkpointing else ["--no-gradient-checkpointing"]
+    ids = built_in().get(config.model.model.lower(), {}).get("ids") or [config.model.model]
+    where = ["--blocks", "DIR", "--plan", str(config.plan.output or "FILE")]
+    return " ".join(["lorakit train --model", ids[0], *options, *where])
 
 
 def find_shape(name: str, report: Report) -> Shape:
@@ -140,7 +164,7 @@ def _choose(
     shape: Shape,
     budgets: Budgets,
     work: Workload,
-    parallel: Literal["split", "ddp", "fsdp", "auto"],
+    parallel: Asked,
     factor: float,
 ) -> Plan:
     """The plan asked for; of auto the first that fits: copies are the fastest, then shards, then split layers."""
@@ -164,12 +188,12 @@ def _largest(fits: Callable[[int], bool], limit: int) -> int:
     return low
 
 
-def _changes(plan: Plan, budgets: Budgets, factor: float) -> Iterator[Suggestion]:
-    """Each single change that makes a plan fit, those that cost least first."""
-    shape, work, parallel = plan.shape, plan.work, plan.parallel
+def _changes(plan: Plan, budgets: Budgets, parallel: Asked, factor: float) -> Iterator[Suggestion]:
+    """Each single change that makes a plan fit, those that cost least first; `parallel` as it was asked for."""
+    shape, work = plan.shape, plan.work
 
-    def again(changed: Workload, budgets: Budgets = budgets, parallel: Parallel = parallel) -> Plan:
-        return _make(shape, budgets, changed, parallel, factor)
+    def again(changed: Workload, budgets: Budgets = budgets, parallel: Asked = parallel) -> Plan:
+        return _choose(shape, budgets, changed, parallel, factor)
 
     tried: list[tuple[str, str, Plan]] = []
     batch = _largest(lambda size: again(replace(work, batch_size=size)).fits, work.batch_size - 1)
@@ -178,7 +202,7 @@ def _changes(plan: Plan, budgets: Budgets, factor: float) -> Iterator[Suggestion
         tried.append((f"{batch} blocks in a micro-step", f"--batch-size {batch}", smaller))
     if not work.gradient_checkpointing:
         tried.append(("checkpointing", "--gradient-checkpointing", again(replace(work, gradient_checkpointing=True))))
-    if work.quantize == "none":
+    if work.quantize == "none" and parallel != "fsdp":  # which can't cut int8 into shards
         tried.append(("an 8-bit base", "--quantize int8", again(replace(work, quantize="int8"))))
     if work.quantize in ("none", "int8"):
         tried.append(("a 4-bit base", "--quantize nf4", again(replace(work, quantize="nf4"))))
@@ -190,7 +214,7 @@ def _changes(plan: Plan, budgets: Budgets, factor: float) -> Iterator[Suggestion
     rank = _largest(lambda rank: again(replace(work, rank=rank)).fits, work.rank - 1)
     if rank:
         tried.append((f"rank {rank}", f"--rank {rank}", again(replace(work, rank=rank))))
-    if len(budgets) > 1 and parallel != "fsdp" and work.quantize != "int8":
+    if len(budgets) > 1 and parallel in ("split", "ddp") and work.quantize != "int8":
         tried.append(("shards of all weights", "--parallel fsdp", again(work, parallel="fsdp")))
     if len(budgets) > 1 and parallel == "ddp":
         tried.append(("layers over devices", "--parallel split", again(work, parallel="split")))
@@ -202,7 +226,7 @@ def _changes(plan: Plan, budgets: Budgets, factor: float) -> Iterator[Suggestion
 
 def _typed(budgets: Budgets) -> str:
     """Budgets as `--gpus` takes them."""
-    sizes = [f"{size / 2**30:.4g}GiB" for size in budgets.values()]
+    sizes = [f"{size >> 30}GiB" if size % 2**30 == 0 else f"{size >> 20}MiB" for size in budgets.values()]
     return f"{len(sizes)}x{sizes[0]}" if len(set(sizes)) == 1 else ",".join(sizes)
 
 

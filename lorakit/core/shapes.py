@@ -20,6 +20,8 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 _FOLDER = Path(__file__).parents[1] / "data" / "shapes"
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+CHANGES_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
+"""Config fields of what some models do to logits after the head."""
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -101,7 +103,13 @@ class Shape:
                     f"need some of {', '.join(there_are)}",
                     "correct --target-modules, or leave it out: all-linear",
                 )
-        return tuple(module for module in linears if any(_is_called(module, name) for name in names))
+        found = tuple(module for module in linears if any(_is_called(module, name) for name in names))
+        if self.tied and any(module.name == self.head for module in found):
+            raise InputRefused(
+                f"target_modules: found {self.head}, whose weight is the embedding's too; need layers of their own",
+                "leave it out of --target-modules",
+            )
+        return found
 
 
 def _is_called(module: Module, name: str) -> bool:
@@ -130,11 +138,14 @@ def config_of(name: str) -> dict[str, Any]:
 
 def shape_of(name: str, config: Mapping[str, Any]) -> Shape:
     """The shape of a model of FAMILIES. Raises InputRefused: a mixture of experts, or a config that lacks fields."""
-    refuse_experts(name, config)
+    refuse_uncounted(name, config)
     family = config.get("model_type")
-    lacking = [field for field in _SIZES if not _is_size(config.get(field))]
+    more = [field for field in ("num_key_value_heads", "head_dim") if config.get(field) is not None]
+    lacking = [field for field in (*_SIZES, *more) if not _is_size(config.get(field))]
+    if not lacking and config["num_attention_heads"] % (config.get("num_key_value_heads") or 1):
+        lacking = ["num_key_value_heads that divide num_attention_heads"]
     if family not in FAMILIES or lacking:
-        found = f"a config without {', '.join(lacking)}" if lacking else f"the model type {family!r}"
+        found = f"a config without {', '.join(lacking)} (as whole numbers)" if lacking else f"the model type {family!r}"
         raise InputRefused(
             f"{name}: found {found}, need the config.json of a causal language model ({', '.join(FAMILIES)})",
             "give the model's own folder or hub id",
@@ -151,12 +162,23 @@ def shape_of(name: str, config: Mapping[str, Any]) -> Shape:
         "vocab_size": int(config["vocab_size"]),
     }
     modules = tuple(_modules(family, config, sizes))
-    tied = bool(config.get("tie_word_embeddings", False))
+    tied = config.get("tie_word_embeddings") is True
     return Shape(name, str(family), **sizes, tied=tied, head="lm_head", modules=modules, known=True)
 
 
-def refuse_experts(name: str, config: Mapping[str, Any]) -> None:
-    """Raises InputRefused where a config is that of a mixture of experts."""
+def refuse_uncounted(name: str, config: Mapping[str, Any]) -> None:
+    """Raises InputRefused where a config is of what isn't counted: a mixture of experts, weights that are quantized
+    already, images, logits that are changed after the head (all of them exist at once)."""
+    others = {
+        "quantization_config": "weights that are quantized already",
+        "vision_config": "images beside text",
+        **dict.fromkeys(CHANGES_LOGITS, "logits that are scaled or soft-capped"),
+    }
+    if (found := next((words for field, words in others.items() if config.get(field)), None)) is not None:
+        raise InputRefused(
+            f"{name}: found {found} ({config.get('model_type')}), need a plain 16-bit language model",
+            "choose the 16- or 32-bit base of a model of the Llama family",
+        )
     experts = next((config[field] for field in _EXPERTS if config.get(field)), None)
     if experts is not None:
         raise InputRefused(
@@ -166,7 +188,7 @@ def refuse_experts(name: str, config: Mapping[str, Any]) -> None:
 
 
 def _is_size(value: object) -> bool:
-    return type(value) is int and value > 0
+    return type(value) is int and 0 < value < 2**40
 
 
 def _modules(family: str, config: Mapping[str, Any], sizes: Mapping[str, int]) -> Iterator[Module]:

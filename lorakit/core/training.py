@@ -47,7 +47,7 @@ from lorakit.core.errors import (
 from lorakit.core.evaluation import loss_sum
 from lorakit.core.events import Notice, Progress, Report
 from lorakit.core.hub import model_folder
-from lorakit.core.memory import Workload, attention_kind
+from lorakit.core.memory import CONTEXT_BYTES, Workload, attention_kind
 from lorakit.core.model import (
     add_lora,
     checkpoint_activations,
@@ -219,6 +219,7 @@ class _Run:
         if self.plan:
             on_gpu = self.device.type == "cuda"
             self.plan = with_attention(self.plan, attention_kind(self.state.attention, on_gpu=on_gpu))
+            _say_what_wont_fit(self.plan, report)
         self.model = add_lora(base, config.lora, batch.seed, config.model.model)
         require_vocabulary(self.model, blocks.largest_id(), blocks.path)
         if blocks.template is not None:
@@ -233,13 +234,14 @@ class _Run:
             nullcontext() if dtype is torch.float32 else torch.autocast(self.device.type, dtype)
         )
         self.parameters = lora_parameters(self.model)
+        self.fused = self.device.type == "cuda"  # without: another fp32 copy of the adapter in every step
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(),
             lr=config.optimizer.learning_rate,
             betas=_BETAS,
             eps=_EPSILON,
             weight_decay=config.optimizer.weight_decay,
-            fused=self.device.type == "cuda",  # without: another fp32 copy of the adapter in every step
+            fused=self.fused,
         )
         self.rate_at = _learning_rates(config, self.optimizer, self.schedule.steps)
         adapter_bytes = sum(parameter.numel() * 4 for parameter in self.parameters.values())
@@ -249,7 +251,7 @@ class _Run:
         self.resumed_from = self.state.step
 
     def _plan(self, weights: Weights, dtype: torch.dtype) -> Plan | None:
-        """What the run is going to take, said where that is more than there is; None where it can't be planned."""
+        """What the run is going to take; None where it can't be planned."""
         config, path = self.config, self.config.devices.plan
         try:
             shape = shape_for(config.model.model, weights.config)
@@ -261,15 +263,10 @@ class _Run:
         work = Workload.of(config, dtype_name(dtype), block, config.batch.batch_size, on_gpu=on_gpu)
         free: Budgets = {"cpu": free_ram_bytes()}
         if on_gpu:
-            free = {number: torch.cuda.mem_get_info(number)[0] for number in range(torch.cuda.device_count())}
-        plan = plan_run(shape, work, free, path)
-        if not plan.fits:
-            load = max(plan.loads, key=lambda load: load.share)
-            needs = (
-                f"planned {load.bytes.total / 2**30:.1f} GiB on {load.name}, found {load.budget_bytes / 2**30:.1f} free"
-            )
-            self.report(Notice(f"{needs}: this run will likely run out of memory; `lorakit plan-devices` helps"))
-        return plan
+            # what is asked has its context by then, which the plan counts
+            asked = range(torch.cuda.device_count()) if path is not None else (torch.cuda.current_device(),)
+            free = {number: torch.cuda.mem_get_info(number)[0] + CONTEXT_BYTES for number in asked}
+        return plan_run(shape, work, free, path)
 
     def run(self, should_stop: ShouldStop) -> Trained:
         disk.make_folder(self.folder / CHECKPOINTS)
@@ -388,7 +385,8 @@ class _Run:
         for name, parameter in self.parameters.items():
             parameter.data.copy_(weights[name])
             self.optimizer.state[parameter] = {
-                "step": torch.tensor(float(self.state.step)),
+                # where torch's own fused step keeps it
+                "step": torch.tensor(float(self.state.step), device=parameter.device if self.fused else None),
                 "exp_avg": moments[f"exp_avg.{name}"].to(parameter.device),
                 "exp_avg_sq": moments[f"exp_avg_sq.{name}"].to(parameter.device),
             }
@@ -457,6 +455,13 @@ def _adapter_config(model: PeftModel) -> bytes:
 
 def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+
+
+def _say_what_wont_fit(plan: Plan, report: Report) -> None:
+    if not plan.fits:
+        load = max(plan.loads, key=lambda load: load.share)
+        needs = f"planned {load.bytes.total / 2**30:.1f} GiB on {load.name}, found {load.budget_bytes / 2**30:.1f} free"
+        report(Notice(f"{needs}: this run will likely run out of memory; `lorakit plan-devices` helps"))
 
 
 def _attention(base: Any, config: TrainConfig, checkpoint: Artifact | None, report: Report) -> str:

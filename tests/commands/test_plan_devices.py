@@ -33,32 +33,52 @@ def test_the_seeds_question_is_answered(cli: Cli) -> None:
     shown = cli(*SEED)
     assert len([line for line in shown.out.splitlines() if line.startswith("cuda:")]) == 8
     assert re.search(r"It fits: cuda:\d needs \d+\.\d of 24\.0 GiB\.", shown.out)
-    assert "hint: lorakit train --model llama-65b" in shown.err
+    hint = "hint: lorakit train --model huggyllama/llama-65b --quantize int8 --batch-size 2 --blocks DIR --plan FILE"
+    assert hint in shown.err
 
 
-def test_what_does_not_fit_exits_9_with_changes_that_do(cli: Cli) -> None:
+@pytest.mark.parametrize(
+    ("model", "gpus", "parallel", "options"),
+    [
+        ("llama-7b", "20GiB", "split", {"--gradient-checkpointing", "--block-size"}),
+        ("llama-7b", "2x12GiB", "split", {"--gradient-checkpointing", "--block-size"}),
+        ("llama-7b", "2x24GiB", "ddp", {"--gradient-checkpointing", "--block-size"}),
+        ("llama-7b", "2x14GiB", "fsdp", {"--gradient-checkpointing", "--block-size"}),
+        ("llama-7b", "2x12GiB", "auto", {"--gradient-checkpointing", "--block-size"}),
+        ("llama-65b", "3x48GiB", "fsdp", {"--quantize"}),
+        ("llama-65b", "2x48GiB", "auto", {"--quantize"}),
+        ("llama-13b", "2x24GiB", "ddp", {"--quantize", "--parallel"}),
+        ("llama-13b", "24GiB", "split", {"--quantize", "--gpus"}),
+    ],
+)
+def test_what_does_not_fit_exits_9_with_changes_that_do(
+    model: str, gpus: str, parallel: str, options: set[str], cli: Cli
+) -> None:
     """Each suggestion is typed as it stands, and then it fits, in the bytes that it promised."""
-    command = ("plan-devices", "llama-7b", "--batch-size", 4, "--no-gradient-checkpointing")
-    ran = cli(*command, "--gpus", "16GiB", "--json")
+    heavy = ("--batch-size", 4, "--no-gradient-checkpointing") if "--block-size" in options else ()
+    command = ("plan-devices", model, *heavy, "--parallel", parallel)
+    ran = cli(*command, "--gpus", gpus, "--json")
     assert ran.code == 9
     assert ran.json["fits"] is False
-    assert "error: llama-7b: found a need of" in ran.err
-    options = [change["option"] for change in ran.json["suggestions"]]
-    assert {option.split()[0] for option in options} >= {"--gradient-checkpointing", "--gpus"} or options
+    assert f"error: {model}: found a need of" in ran.err
+    found = [change["option"] for change in ran.json["suggestions"]]
+    assert {option.split()[0] for option in found} >= options
     for change in ran.json["suggestions"]:
-        again = cli(*command[:2], *_without(command[2:], change["option"]), *_with("16GiB", change["option"]), "--json")
+        again = cli(*command[:2], *_without(command[2:], change["option"]), *_with(gpus, change["option"]), "--json")
         assert (again.code, again.json["peak_bytes"]) == (0, change["peak_bytes"]), change
-    shown = cli(*command, "--gpus", "16GiB")
+    options_shown = found
+    shown = cli(*command, "--gpus", gpus)
     assert shown.code == 9
-    assert all(f"With {option} it would" in shown.out for option in options)
-    assert f"hint: add {options[0]}" in shown.err
+    assert all(f"With {option} it would" in shown.out for option in options_shown)
+    assert f"hint: add {options_shown[0]}" in shown.err
 
 
 def _without(command: tuple[Any, ...], option: str) -> list[Any]:
     kept = [part for part in command if not (part == "--no-gradient-checkpointing" and "checkpointing" in option)]
-    if option.startswith("--batch-size"):
-        at = kept.index("--batch-size")
-        del kept[at : at + 2]
+    for name in ("--batch-size", "--parallel"):
+        if option.startswith(name):
+            at = kept.index(name)
+            del kept[at : at + 2]
     return kept
 
 
@@ -199,3 +219,30 @@ def test_the_answer_takes_less_than_twice_the_time_of_help_and_no_torch() -> Non
 
     ratios = [seconds(*SEED) / seconds("plan-devices", "--help") for _ in range(5)]
     assert statistics.median(ratios) < 2
+
+
+def test_the_hint_is_a_command_that_train_takes(cli: Cli, tiny_llama: Path, rows_file: Path, tmp_path: Path) -> None:
+    """Typed as it is printed, with the blocks' folder in it, it trains by the plan."""
+    import shlex
+
+    plan, blocks = tmp_path / "plan.json", tmp_path / "blocks"
+    cli("prepare", rows_file, "--tokenizer", tiny_llama, "--block-size", 64, "--output", blocks)
+    settings = ("--quantize", "nf4", "--batch-size", 2, "--rank", 4, "--no-gradient-checkpointing")
+    ran = cli("plan-devices", tiny_llama, "--cpu", "4GiB", "--block-size", 64, *settings, "--output", plan)
+    assert ran.code == 0
+    command = shlex.split(ran.err.rpartition("hint: lorakit ")[2].replace("DIR", str(blocks)))
+    trained = cli(*command, "--max-steps", 1, "--output", tmp_path / "run", "--json")
+    assert trained.code == 0, trained.err
+    assert trained.json["planned_bytes"] > 0
+
+
+def test_a_plan_that_train_cant_follow_says_so(cli: Cli) -> None:
+    ran = cli("plan-devices", "llama-7b", "--gpus", "2x80GiB", "--parallel", "auto")
+    assert ran.code == 0
+    assert "hint: this version trains in one process: a plan for ddp can't be followed yet" in ran.err
+
+
+def test_a_bar_is_drawn_however_much_is_too_much(cli: Cli) -> None:
+    ran = cli("plan-devices", "llama-65b", "--gpus", "0.001KiB")
+    assert ran.code == 9
+    assert max(map(len, ran.out.splitlines())) < 200

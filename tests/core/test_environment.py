@@ -101,3 +101,22 @@ def test_an_edited_source_is_named_with_the_way_back(
     said = str(patched_transformers())
     assert words in said
     assert "pip install --force-reinstall --no-deps transformers==5.99" in said
+
+
+@pytest.mark.parametrize(
+    ("visible", "free"),
+    [(None, [3, 5]), ("1", [5]), ("1,0", [5, 3]), ("-1", []), ("", []), ("0,7,1", [3]), ("GPU-abc", [3, 5])],
+)
+def test_the_gpus_that_count_are_those_that_cuda_shows(
+    visible: str | None, free: list[int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from lorakit.core.environment import free_gpu_bytes
+
+    driver = tmp_path / "nvidia-smi"
+    driver.write_text("#!/bin/sh\nprintf '3\\n5\\n'\n")
+    driver.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert free_gpu_bytes() == [size * 2**20 for size in free]

@@ -11,7 +11,15 @@ import pytest
 
 from lorakit.core.errors import InputRefused, Mismatch, OutOfMemory
 from lorakit.core.memory import Part, StepMemory, Workload
-from lorakit.core.placement import Device, get_device_map, make_plan, read_plan, refuse_other_plan
+from lorakit.core.placement import (
+    Device,
+    get_device_map,
+    make_plan,
+    plan_run,
+    read_plan,
+    refuse_other_plan,
+    with_attention,
+)
 from lorakit.core.shapes import Module, Shape, built_in, config_of, shape_of
 
 GIB = 2**30
@@ -184,3 +192,69 @@ def test_a_file_that_is_no_plan_is_refused(content: str, tmp_path: Path) -> None
     path.write_text(content)
     with pytest.raises(InputRefused):
         read_plan(path)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("seed", range(12))
+def test_a_maps_loads_are_those_of_its_own_cut(seed: int, tied: bool) -> None:
+    """Whatever is free by now: what is loaded is the file's map, not the best one for today."""
+    rng = random.Random(seed)
+    found, work = uneven(rng, tied=tied), workload()
+    then = {device: rng.randint(1, 40) * 2**24 for device in range(rng.randint(1, 4))}
+    made = make_plan(found, then, work, "split")
+    now = dict.fromkeys(then, 2**24)
+    again = make_plan(found, now, work, "split", made.device_map)
+    assert [load.bytes for load in again.loads] == [load.bytes for load in made.loads]
+    assert again.device_map == made.device_map
+    assert with_attention(again, "varlen").device_map == made.device_map
+
+
+def test_a_run_on_a_fuller_machine_is_told_that_the_plans_map_doesnt_fit(tmp_path: Path) -> None:
+    found, work, path = shape("llama-7b"), workload(), tmp_path / "plan.json"
+    path.write_text(json.dumps(make_plan(found, {0: 48 * GIB, 1: 6 * GIB}, work, "split").as_json()))
+    run = plan_run(found, work, {0: 10 * GIB, 1: 10 * GIB}, path)
+    assert not run.fits
+    assert plan_run(found, work, {0: 48 * GIB, 1: 6 * GIB}, path).fits
+
+
+def test_a_map_that_isnt_this_models_is_refused() -> None:
+    found, work = shape("llama-7b"), workload()
+    made = make_plan(found, {0: 10 * GIB, 1: 10 * GIB}, work, "split").device_map
+    assert made is not None
+    for changed in ({**made, "model.layers.0": 1}, {"": 0}, {**made, "other": 0}):
+        with pytest.raises(InputRefused, match="consecutive layers of this model"):
+            make_plan(found, {0: 10 * GIB, 1: 10 * GIB}, work, "split", changed)
+
+
+@pytest.mark.parametrize(
+    "change", [{"tie_word_embeddings": True}, {"head_dim": 256}, {"mlp_bias": True}, {"vocab_size": 32001}], ids=str
+)
+def test_a_plan_for_another_shape_is_refused(change: dict[str, Any], tmp_path: Path) -> None:
+    config, work = config_of("llama-7b"), workload()
+    plan = make_plan(shape_of("m", config), {0: 80 * GIB}, work, "split").as_json()
+    with pytest.raises(Mismatch):
+        refuse_other_plan(tmp_path, plan, shape_of("m", {**config, **change}), work)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *({"devices": 5}, {"devices": None}, {"devices": []}, {"devices": ["cuda:0"]}, {"devices": [{}]}),
+        *({"devices": [{"name": "cuda:0"}, {"name": "cuda:0"}]}, {"settings": None}, {"shape": 3}),
+        *({"device_map": [1]}, {"device_map": {}}, {"device_map": {"": "disk"}}, {"device_map": {"model": 7}}),
+        {"device_map": {"model": True}},
+    ],
+    ids=str,
+)
+def test_a_damaged_plan_file_is_refused(damage: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    plan = make_plan(shape("llama-7b"), {0: 80 * GIB}, workload(), "split").as_json()
+    path.write_text(json.dumps({**plan, **damage}))
+    with pytest.raises(InputRefused, match="found no plan of format"):
+        read_plan(path)
+
+
+def test_a_device_without_free_memory_is_full() -> None:
+    made = make_plan(shape("llama-7b"), {0: 0, 1: 80 * GIB}, workload(), "split")
+    assert made.loads[0].bytes.total == 0
+    assert made.fits

@@ -170,7 +170,8 @@ def test_shape_files_hold_nothing_that_isnt_asked_for() -> None:
     ("model_type", "fields"),
     [
         ("llama", {"vocab_size": 320, "num_key_value_heads": 2, "intermediate_size": 96}),
-        ("gemma2", {"vocab_size": 320, "num_key_value_heads": 2, "intermediate_size": 96, "head_dim": 16}),
+        ("gemma3_text", {"vocab_size": 320, "num_key_value_heads": 2, "intermediate_size": 96, "head_dim": 16}),
+        ("gpt2", {"vocab_size": 320, "n_embd": 64, "n_layer": 2, "n_head": 4}),
         ("gpt_neox", {"vocab_size": 320, "intermediate_size": 96}),
         ("olmo2", {"vocab_size": 320, "num_key_value_heads": 2, "intermediate_size": 96}),
     ],
@@ -196,3 +197,49 @@ def test_what_transformers_cant_lay_out_as_a_language_model_is_refused(model_typ
 
     with pytest.raises(InputRefused, match=f"m: found the model type '{model_type}', which transformers can't lay out"):
         meta_shape("m", {"model_type": model_type, "num_hidden_layers": 1, "hidden_size": 64})
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"model_type": "gemma2"}, "logits that are scaled or soft-capped"),
+        ({"model_type": "granite", "logits_scaling": 8.0}, "logits that are scaled or soft-capped"),
+        ({"model_type": "mixtral"}, "a mixture of 8 experts"),
+        ({"model_type": "gemma3", "vision_config": {"hidden_size": 8}}, "images beside text"),
+        ({"model_type": "olmo2", "hidden_size": "64"}, "can't lay out"),
+        ({"model_type": "olmo2", "num_attention_heads": 0}, "can't lay out"),
+        ({"model_type": "olmo2", "num_hidden_layers": 0}, "can't lay out"),
+    ],
+    ids=lambda value: value.get("model_type") if isinstance(value, dict) else "",
+)
+def test_what_isnt_counted_is_refused_also_where_the_class_decides(config: dict[str, Any], words: str) -> None:
+    from lorakit.core.model import meta_shape
+
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 320}
+    with pytest.raises(InputRefused, match=words):
+        meta_shape("m", {**sizes, **config})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"num_key_value_heads": "4"}, {"num_key_value_heads": -4}, {"num_key_value_heads": 3}),
+        *({"head_dim": [64]}, {"head_dim": -64}, {"vocab_size": 10**400}),
+        {"quantization_config": {"quant_method": "gptq"}},
+    ],
+    ids=str,
+)
+def test_odd_sizes_are_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(InputRefused):
+        shape_of("m", {**config_of("llama-7b"), **change})
+
+
+def test_a_tied_head_gets_no_lora() -> None:
+    """As train refuses it: its weight is the embedding's."""
+    with pytest.raises(InputRefused, match="whose weight is the embedding's too"):
+        shape_of("m", config_of("llama-3.2-1b")).targets(("lm_head",))
+    assert shape_of("m", config_of("llama-7b")).targets(("lm_head",))
+
+
+def test_a_tie_that_is_text_is_none() -> None:
+    assert not shape_of("m", {**config_of("llama-7b"), "tie_word_embeddings": "false"}).tied

@@ -519,7 +519,7 @@ def test_measured_stands_beside_planned(cli: Cli, tiny_llama: Path, blocks: Path
         (("--rank", 8), "rank: found 8, asked for 16"),
         (("--batch-size", 2), "batch_size: found 2, asked for 1"),
         (("--quantize", "int8"), "quantize: found 'int8', asked for 'none'"),
-        (("--gradient-accumulation-steps", 2), "accumulates: found True, asked for False"),
+        (("--gradient-accumulation-steps", 2), "gradient_accumulation_steps: found 'more than 1', asked for '1'"),
     ],
 )
 def test_a_plan_for_other_settings_is_refused_with_the_difference(
