@@ -22,10 +22,10 @@ FLOORS = (
     ("artifacts",),
     ("templates", "weights", "hub", "environment"),
     ("records", "profiling", "shapes"),
-    ("readers", "tokenization", "implementations", "memory"),
-    ("sources", "packing", "blocks", "adapters", "cases", "miniature", "placement"),
-    ("preparing", "model", "trials"),
-    ("proving",),
+    ("readers", "tokenization", "attention.implementations", "memory"),
+    ("sources", "packing", "blocks", "adapters", "attention.cases", "attention.miniature", "placement"),
+    ("preparing", "model", "attention.trials"),
+    ("attention.proving",),
     ("attention",),
     ("evaluation", "generation"),
     ("training", "merging", "starter", "probing"),
@@ -68,23 +68,33 @@ def _is_for_type_checking(node: ast.AST) -> bool:
     return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
 
 
+ROOMS = {room for floor in FLOORS for room in floor}
+
+
+def file_of(room: str) -> Path:
+    """A room's file; a room that holds others is its folder's `__init__.py`."""
+    path = (PACKAGE / "core").joinpath(*room.split("."))
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
 def rooms_imported(path: Path) -> set[str]:
-    return {name.split(".")[2] for name, _ in imports(path) if name.startswith("lorakit.core.")}
+    names = [name.split(".")[2:] for name, _ in imports(path) if name.startswith("lorakit.core.")]
+    return {room if (room := ".".join(parts[:2])) in ROOMS else parts[0] for parts in names}
 
 
 def test_every_room_of_the_core_has_a_floor() -> None:
-    found = {path.stem for path in (PACKAGE / "core").glob("*.py")} - {"__init__"}
-    assert found == {room for floor in FLOORS for room in floor}
+    files = set((PACKAGE / "core").rglob("*.py")) - {PACKAGE / "core" / "__init__.py"}
+    assert files == {file_of(room) for room in ROOMS}
 
 
 @pytest.mark.parametrize("room", [room for floor in FLOORS for room in floor])
 def test_imports_of_the_core_go_down_only(room: str) -> None:
     height = next(index for index, floor in enumerate(FLOORS) if room in floor)
     below = {name for floor in FLOORS[:height] for name in floor}
-    assert rooms_imported(PACKAGE / "core" / f"{room}.py") <= below
+    assert rooms_imported(file_of(room)) <= below
 
 
-@pytest.mark.parametrize("path", sorted((PACKAGE / "core").glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((PACKAGE / "core").rglob("*.py")), ids=lambda path: path.stem)
 def test_the_core_knows_nothing_of_the_command_line(path: Path) -> None:
     above = {"typer", "rich", "argparse", "lorakit.cli", "lorakit.console", "lorakit.options", "lorakit.commands"}
     assert not {name for name, _ in imports(path)} & above
@@ -99,7 +109,7 @@ def test_a_command_is_short_and_imports_no_other(path: Path) -> None:
 
 @pytest.mark.parametrize("room", WITHOUT_TORCH)
 def test_rooms_for_checks_import_no_torch(room: str) -> None:
-    at_import = [name for name, when_imported in imports(PACKAGE / "core" / f"{room}.py") if when_imported]
+    at_import = [name for name, when_imported in imports(file_of(room)) if when_imported]
     assert not [name for name in at_import if name.split(".")[0] in ("torch", "transformers", "peft", "accelerate")]
 
 
@@ -211,7 +221,7 @@ def test_every_module_says_what_it_is_for() -> None:
 
 
 def test_public_functions_of_the_core_say_what_they_return_or_raise() -> None:
-    for path in (PACKAGE / "core").glob("*.py"):
+    for path in (PACKAGE / "core").rglob("*.py"):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.FunctionDef) and not node.name.startswith("_") and path.stem != "disk":
                 one_line_enough = {"fingerprint", "is_artifact", "pick_device", "option_name"}

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 from lorakit.console import Console
 
 if TYPE_CHECKING:
+    from lorakit.core.attention.proving import Row
     from lorakit.core.config import PatchAttentionConfig
-    from lorakit.core.proving import Row
 
 _HEADER = ("case", "implementation", "kernel", "difference", "× eager's", "ms", "MiB", "× speed", "")
 

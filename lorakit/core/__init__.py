@@ -20,10 +20,10 @@ Imports go down only:
         training, merging, starter, probing
             evaluation, generation
                 attention
-                    proving
-                        preparing, model, trials
-                            sources, packing, blocks, adapters, cases, miniature, placement
-                                readers, tokenization, implementations, memory
+                    attention.proving
+                        preparing, model, attention.trials
+                            sources, packing, blocks, adapters, attention.cases, attention.miniature, placement
+                                readers, tokenization, attention.implementations, memory
                                     records, profiling, shapes
                                         templates, weights, hub, environment
                                             artifacts

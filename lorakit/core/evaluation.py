@@ -16,11 +16,11 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from lorakit.core.attention import apply
+from lorakit.core.attention.implementations import BY_LENGTHS
 from lorakit.core.blocks import VALIDATION, Batch, Blocks
 from lorakit.core.config import EvaluateConfig
 from lorakit.core.errors import NonFinite
 from lorakit.core.events import Notice, Progress, Report
-from lorakit.core.implementations import BY_LENGTHS
 from lorakit.core.memory import LOSS_TOKENS
 from lorakit.core.model import open_model, require_vocabulary
 from lorakit.core.shapes import CHANGES_LOGITS

@@ -12,8 +12,8 @@ import sys
 import torch
 import transformers
 
-from lorakit.core.implementations import IMPLEMENTATIONS
-from lorakit.core.proving import prove
+from lorakit.core.attention.implementations import IMPLEMENTATIONS
+from lorakit.core.attention.proving import prove
 
 
 def say(line: str) -> None:

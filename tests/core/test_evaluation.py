@@ -69,7 +69,7 @@ def test_lengths_are_counted_once_a_batch_and_given_to_those_who_take_them(
     model: Any, blocks_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without them varlen would read documents from positions, for which the CPU waits on a GPU."""
-    from lorakit.core import implementations
+    from lorakit.core.attention import implementations
 
     def asked(*given: Any) -> None:
         raise AssertionError("documents were read from positions")

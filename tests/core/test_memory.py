@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from lorakit.core.attention.implementations import register
 from lorakit.core.blocks import Batch
 from lorakit.core.config import LoraSection
 from lorakit.core.evaluation import loss_sum
-from lorakit.core.implementations import register
 from lorakit.core.memory import Part, StepMemory, Workload, is_quantized, weight_bytes
 from lorakit.core.model import add_lora, checkpoint_activations, leave_casts_to_autocast, load_base, lora_parameters
 from lorakit.core.shapes import Shape, config_of, shape_of

@@ -21,10 +21,10 @@ from lorakit.core.attention import (
     stock_choice,
     write_choice,
 )
+from lorakit.core.attention.implementations import shape_of
+from lorakit.core.attention.proving import Proof, Row, prove
 from lorakit.core.errors import ArtifactDamaged, EnvironmentUnusable, InputRefused
 from lorakit.core.events import Notice
-from lorakit.core.implementations import shape_of
-from lorakit.core.proving import Proof, Row, prove
 from lorakit.core.tokenization import quiet_libraries
 from lorakit.core.weights import open_weights
 from tests.conftest import Ran, make_llama

@@ -3,8 +3,8 @@
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from lorakit.core.cases import Case, attention_in_float64, cases_of, seen_from
-from lorakit.core.implementations import Shape
+from lorakit.core.attention.cases import Case, attention_in_float64, cases_of, seen_from
+from lorakit.core.attention.implementations import Shape
 
 SHAPE = Shape("A", 4, 2, 8, 5, 0.0)
 

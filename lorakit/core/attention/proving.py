@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorakit.core.cases import Case, cases_of
+from lorakit.core.attention.cases import Case, cases_of
+from lorakit.core.attention.implementations import IMPLEMENTATIONS, Shape, lacking, register, shape_of
+from lorakit.core.attention.miniature import answers_alike_with_a_cache, leak, leak_by_mask, miniature
+from lorakit.core.attention.trials import Bench, Measured, Reference
 from lorakit.core.errors import first_line, is_out_of_memory
 from lorakit.core.events import Progress, Report
-from lorakit.core.implementations import IMPLEMENTATIONS, Shape, lacking, register, shape_of
-from lorakit.core.miniature import answers_alike_with_a_cache, leak, leak_by_mask, miniature
 from lorakit.core.profiling import why_math
-from lorakit.core.trials import Bench, Measured, Reference
 
 MOST_RMS_RATIO = 2.0
 """How many times eager's own root-mean-square error against float64 an implementation's may be."""

@@ -19,8 +19,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, DynamicCache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
-from lorakit.core.cases import Case, attention_in_float64, seen_from
-from lorakit.core.implementations import BY_LENGTHS, Shape, attention_module
+from lorakit.core.attention.cases import Case, attention_in_float64, seen_from
+from lorakit.core.attention.implementations import BY_LENGTHS, Shape, attention_module
 from lorakit.core.profiling import Profile, median_seconds, profiled, refused_kernels
 
 

@@ -9,11 +9,9 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorakit.core import implementations
-from lorakit.core.cases import attention_in_float64
-from lorakit.core.config import Attention
-from lorakit.core.errors import InputRefused
-from lorakit.core.implementations import (
+from lorakit.core.attention import implementations
+from lorakit.core.attention.cases import attention_in_float64
+from lorakit.core.attention.implementations import (
     IMPLEMENTATIONS,
     Shape,
     attention_module,
@@ -24,6 +22,8 @@ from lorakit.core.implementations import (
     shape_of,
     varlen_attention,
 )
+from lorakit.core.config import Attention
+from lorakit.core.errors import InputRefused
 
 SMALL = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 4, "vocab_size": 50}
 LLAMA = transformers.LlamaConfig(**SMALL, num_attention_heads=4, num_key_value_heads=2)

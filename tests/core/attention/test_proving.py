@@ -14,13 +14,13 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from lorakit.core import proving
-from lorakit.core.cases import Case, cases_of
-from lorakit.core.implementations import IMPLEMENTATIONS, shape_of
+from lorakit.core.attention import proving
+from lorakit.core.attention.cases import Case, cases_of
+from lorakit.core.attention.implementations import IMPLEMENTATIONS, shape_of
+from lorakit.core.attention.proving import Proof, Row, best, prove
+from lorakit.core.attention.trials import Bench
 from lorakit.core.profiling import _Watched
-from lorakit.core.proving import Proof, Row, best, prove
-from lorakit.core.trials import Bench
-from tests.core.seed_attention import SeedAttention
+from tests.core.attention.seed_attention import SeedAttention
 
 CONFIG = transformers.LlamaConfig(
     hidden_size=64,
@@ -264,7 +264,7 @@ def test_an_all_ones_mask_beside_packed_positions_is_caught_and_named(monkeypatc
     assert row.ok
     assert row.max_difference > 0.01
     assert "lorakit refuses it" in row.reason
-    monkeypatch.setattr("lorakit.core.miniature.guard", lambda model: None)
+    monkeypatch.setattr("lorakit.core.attention.miniature.guard", lambda model: None)
     assert not whole("sdpa", "all-ones mask").ok
 
 

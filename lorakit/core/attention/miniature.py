@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from lorakit.core.attention.implementations import Shape, guard, keep_apart, smaller
 from lorakit.core.errors import InputRefused
-from lorakit.core.implementations import Shape, guard, keep_apart, smaller
 from lorakit.core.tokenization import quiet_libraries
 
 _VOCABULARY = 199

@@ -19,12 +19,7 @@ import transformers
 
 from lorakit import __version__
 from lorakit.core import artifacts, disk
-from lorakit.core.config import PatchAttentionConfig
-from lorakit.core.environment import cache_folder
-from lorakit.core.errors import EnvironmentUnusable, InputRefused
-from lorakit.core.events import Notice, Report
-from lorakit.core.hub import config_folder
-from lorakit.core.implementations import (
+from lorakit.core.attention.implementations import (
     IMPLEMENTATIONS,
     STOCK,
     Shape,
@@ -33,8 +28,13 @@ from lorakit.core.implementations import (
     register,
     shape_of,
 )
+from lorakit.core.attention.proving import Proof, Row, best, prove
+from lorakit.core.config import PatchAttentionConfig
+from lorakit.core.environment import cache_folder
+from lorakit.core.errors import EnvironmentUnusable, InputRefused
+from lorakit.core.events import Notice, Report
+from lorakit.core.hub import config_folder
 from lorakit.core.model import load_config, pick_device, pick_dtype
-from lorakit.core.proving import Proof, Row, best, prove
 
 CHOICES = "attention.json"
 BACKUP = "config.json.before-patch-attention"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lorakit.core.implementations import Shape
+from lorakit.core.attention.implementations import Shape
 
 
 @dataclass(frozen=True)
