@@ -19,6 +19,8 @@ from pydantic.fields import FieldInfo
 from lorakit.core.errors import UsageError
 
 Attention = Literal["auto", "varlen", "sdpa", "flex_attention", "eager", "flash_attention_2", "flash_attention_3"]
+Quantization = Literal["none", "int8", "nf4", "fp4"]
+_QUANTIZE = "Keep the base's linear layers in 8 bits (LLM.int8) or 4 (QLoRA's NF4, or FP4, with double quantization)."
 TEMPLATES = ("auto", "chat", "none", "alpaca", "vicuna", "llama2", "chatml")
 _MAX_SEED = 2**63 - 1  # what torch.manual_seed takes
 
@@ -254,10 +256,7 @@ class ModelSection(Section):
         "Implementation of attention. auto: what `lorakit patch-attention --apply` measured on this machine, else "
         "varlen where a small proof finds it right.",
     )
-    quantize: Literal["none", "int8", "nf4", "fp4"] = setting(
-        "none",
-        "Keep the base's linear layers in 8 bits (LLM.int8) or 4 (QLoRA's NF4, or FP4, with double quantization).",
-    )
+    quantize: Quantization = setting("none", _QUANTIZE)
 
 
 class TrainDataSection(Section):
@@ -392,10 +391,7 @@ class PlannedModelSection(Section):
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = setting(
         "auto", "Number type of the base. auto: bf16 on GPUs, fp32 on a CPU."
     )
-    quantize: Literal["none", "int8", "nf4", "fp4"] = setting(
-        "none",
-        "Keep the base's linear layers in 8 bits (LLM.int8) or 4 (QLoRA's NF4, or FP4, with double quantization).",
-    )
+    quantize: Quantization = setting("none", _QUANTIZE)
     attention: Attention = setting(
         "auto", "Implementation of attention that train will use. auto: varlen, which keeps least."
     )

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple
 
-from lorakit.core.config import PlanDevicesConfig, TrainConfig
+from lorakit.core.config import PlanDevicesConfig, Quantization, TrainConfig
 from lorakit.core.shapes import Module, Shape
 
 LOSS_TOKENS = 256
@@ -54,7 +54,7 @@ class Workload:
     """The settings that decide what a step takes. `dtype` is resolved: no auto."""
 
     dtype: Literal["bf16", "fp16", "fp32"]
-    quantize: Literal["none", "int8", "nf4", "fp4"]
+    quantize: Quantization
     rank: int
     target_modules: tuple[str, ...]
     lora_dropout: float

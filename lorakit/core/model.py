@@ -4,6 +4,7 @@ import hashlib
 import math
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _CANT_BE_LAID_OUT = (
-    *(ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, StopIteration),
+    *(ValueError, KeyError, TypeError, AttributeError, ArithmeticError, ImportError, RuntimeError, StopIteration),
     StrictDataclassError,
 )
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -114,7 +115,7 @@ def meta_shape(name: str, config: Mapping[str, Any]) -> Shape:
             modules=tuple(_meta_modules(model, layers)),
             known=False,
         )
-    except (ArithmeticError, *_CANT_BE_LAID_OUT) as error:
+    except _CANT_BE_LAID_OUT as error:
         raise InputRefused(
             f"{name}: found the model type {family!r}, which transformers can't lay out ({first_line(error)}); "
             "need a decoder-only language model",
@@ -273,6 +274,20 @@ def add_lora(base: PreTrainedModel, lora: LoraSection, seed: int, base_name: str
             drawn = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
             parameter.data.copy_(drawn)
     return model
+
+
+def make_ready(model: PeftModel, dtype: torch.dtype, *, checkpointing: bool) -> None:
+    """What a model with LoRA needs before it is trained in a number type."""
+    if checkpointing:
+        checkpoint_activations(model)
+    if dtype is not torch.float32:
+        leave_casts_to_autocast(model)
+    model.train()
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
+    """What a training step computes under: nothing in fp32, else torch's autocast."""
+    return nullcontext() if dtype is torch.float32 else torch.autocast(device.type, dtype)
 
 
 def checkpoint_activations(model: PeftModel) -> None:

@@ -108,7 +108,7 @@ def plan_devices(config: PlanDevicesConfig, report: Report) -> Planned:
             read_plan(output)  # nothing else is ever replaced
         disk.make_folder(output.parent)
         disk.write_file(output, (json.dumps(plan.as_json(), indent=1) + "\n").encode())
-    moved = plan.peak_bytes - make_plan(shape, budgets, work, plan.parallel).peak_bytes
+    moved = plan.peak_bytes - make_plan(shape, budgets, work, plan.parallel).peak_bytes if probed else 0
     return Planned(plan, suggestions, compared, probed, moved)
 
 

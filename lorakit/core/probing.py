@@ -5,7 +5,6 @@ The layer has the real sizes and random weights; the step is train's own: the sa
 
 import itertools
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,9 +21,9 @@ from lorakit.core.memory import Part, StepMemory, Workload
 from lorakit.core.model import (
     DTYPES,
     add_lora,
-    checkpoint_activations,
-    leave_casts_to_autocast,
+    autocast,
     lora_parameters,
+    make_ready,
     pick_device,
     random_base,
     shape_for,
@@ -69,11 +68,7 @@ def probe(name: str, config: Mapping[str, Any], work: Workload, lora: LoraSectio
         base = random_base(one, work.quantize, dtype, device)
         apply(base, "auto" if work.attention in ("varlen", "documents") else work.attention)
         model = add_lora(base, lora, 0, name)
-        if work.gradient_checkpointing:
-            checkpoint_activations(model)
-        if dtype is not torch.float32:
-            leave_casts_to_autocast(model)
-        model.train()
+        make_ready(model, dtype, checkpointing=work.gradient_checkpointing)
         for tokens in _LENGTHS[device.type]:
             found = StepMemory(shape, replace(work, block_size=tokens, batch_size=1, accumulates=False)).peak(whole)
             planned.append(found.gradients + found.activations + found.loss)
@@ -94,7 +89,7 @@ def _step_bytes(model: Any, tokens: int, dtype: torch.dtype, device: torch.devic
     optimizer = torch.optim.AdamW(parameters, fused=device.type == "cuda")
 
     def step() -> None:
-        with nullcontext() if dtype is torch.float32 else torch.autocast(device.type, dtype):
+        with autocast(device, dtype):
             loss = loss_sum(model, batch)
         loss.backward()
         optimizer.step()

@@ -80,9 +80,9 @@ def profiled(work: Work, on_gpu: bool) -> Profile:
     with profile(activities=activities) as profiled:
         work()
     events = list(profiled.events() or [])
-    ops = frozenset(event.name for event in events if event.device_type == DeviceType.CPU)
-    found = sorted({next(words for part, words in _KERNELS if part in op) for op in ops if _is_kernel(op)})
-    kernel, math = " + ".join(found) or "matmul + softmax", any("_attention_math" in op for op in ops)
+    ops = {event.name for event in events if event.device_type == DeviceType.CPU}
+    found = {words for op in ops if (words := _kernel_of(op)) is not None}
+    kernel, math = " + ".join(sorted(found)) or "matmul + softmax", "math" in found
     if not on_gpu:
         return Profile(kernel, math, None)
     on_device: dict[str, float] = {}
@@ -95,8 +95,9 @@ def profiled(work: Work, on_gpu: bool) -> Profile:
     return Profile(f"{kernel}: {', '.join(filter(None, map(_short, longest)))}", math, max(waits, 0))
 
 
-def _is_kernel(op: str) -> bool:
-    return any(part in op for part, _ in _KERNELS)
+def _kernel_of(op: str) -> str | None:
+    """The attention kernel that one of torch's operators stands for, None for other operators."""
+    return next((words for part, words in _KERNELS if part in op), None)
 
 
 def _short(kernel: str) -> str:

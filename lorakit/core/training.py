@@ -16,7 +16,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,11 +50,11 @@ from lorakit.core.hub import model_folder
 from lorakit.core.memory import CONTEXT_BYTES, Workload, attention_kind
 from lorakit.core.model import (
     add_lora,
-    checkpoint_activations,
+    autocast,
     dtype_name,
-    leave_casts_to_autocast,
     load_base,
     lora_parameters,
+    make_ready,
     pick_device,
     pick_dtype,
     require_device,
@@ -224,15 +224,8 @@ class _Run:
         require_vocabulary(self.model, blocks.largest_id(), blocks.path)
         if blocks.template is not None:
             self.tokenizer.chat_template = blocks.template  # whoever talks with the adapter asks as it was trained
-        if batch.gradient_checkpointing:
-            checkpoint_activations(self.model)
-        if dtype is not torch.float32:
-            leave_casts_to_autocast(self.model)
-        self.model.train()
-        self.scaled = dtype is torch.float16
-        self.autocast: AbstractContextManager[Any] = (
-            nullcontext() if dtype is torch.float32 else torch.autocast(self.device.type, dtype)
-        )
+        make_ready(self.model, dtype, checkpointing=batch.gradient_checkpointing)
+        self.scaled, self.autocast = dtype is torch.float16, autocast(self.device, dtype)
         self.parameters = lora_parameters(self.model)
         self.fused = self.device.type == "cuda"  # without: another fp32 copy of the adapter in every step
         self.optimizer = torch.optim.AdamW(

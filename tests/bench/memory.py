@@ -30,9 +30,9 @@ from lorakit.core.config import TrainConfig  # noqa: E402
 from lorakit.core.memory import Bytes, Part, StepMemory, Workload  # noqa: E402
 from lorakit.core.model import (  # noqa: E402
     add_lora,
-    checkpoint_activations,
-    leave_casts_to_autocast,
+    autocast,
     lora_parameters,
+    make_ready,
     quantized,
 )
 from lorakit.core.shapes import Shape, config_of, shape_of  # noqa: E402
@@ -173,11 +173,8 @@ def training_run(row: Row, base: Any, device: torch.device) -> Any:
     run.blocks = RandomBlocks(row, base.config.vocab_size)  # type: ignore[assignment]
     run.schedule = training.Schedule(1000, row.batch, 1000, 0)
     run.model = add_lora(base, config.lora, 0, row.model)
-    if row.checkpointing:
-        checkpoint_activations(run.model)
-    leave_casts_to_autocast(run.model)
-    run.model.train()
-    run.scaled, run.autocast = False, torch.autocast(device.type, torch.bfloat16)
+    make_ready(run.model, torch.bfloat16, checkpointing=row.checkpointing)
+    run.scaled, run.autocast = False, autocast(device, torch.bfloat16)
     run.parameters = lora_parameters(run.model)
     run.optimizer = torch.optim.AdamW(run.parameters.values(), fused=device.type == "cuda")
     run.rate_at = lambda step: 1e-4

@@ -74,7 +74,7 @@ def test_lengths_are_counted_once_a_batch_and_given_to_those_who_take_them(
     def asked(*given: Any) -> None:
         raise AssertionError("documents were read from positions")
 
-    monkeypatch.setattr(implementations, "_documents", asked)
+    monkeypatch.setattr(implementations, "documents_in", asked)
     assert loss_sum(model, Blocks(blocks_folder).batch([0, 1])).isfinite()
 
 

@@ -80,7 +80,7 @@ def check(config: PatchAttentionConfig, report: Report) -> Checked:
     on_gpu = device.type == "cuda"
     model = load_config(config_folder(asked.model or str(applying.apply_to)))
     if applying.apply_to is not None:
-        _require_target(applying.apply_to, applying.implementation, shape_of(model))
+        _require_target(applying.apply_to, applying.implementation, model if asked.model else None)
     size = asked.block_size or (2048 if on_gpu else 256)
     proof = prove(model, dtype, device, size, asked.batch_size, report)
     chosen = proof.implementation
@@ -98,13 +98,13 @@ def check(config: PatchAttentionConfig, report: Report) -> Checked:
     return Checked(proof, machine_name, str(dtype).removeprefix("torch."), on_gpu, chosen, written, patched)
 
 
-def _require_target(folder: Path, implementation: str, shape: Shape) -> None:
-    """Raises InputRefused where a choice for this shape can't be written into a model folder."""
+def _require_target(folder: Path, implementation: str, model: Any) -> None:
+    """Raises InputRefused where a choice can't be written into a model folder: `model` is the config of another that is
+    proven, None where it is the folder's own."""
     _read_config(folder / "config.json")
     if implementation != "auto":
         _require_stock(implementation)
-    other = shape_of(load_config(folder))
-    if other != shape:
+    if model is not None and (other := shape_of(load_config(folder))) != (shape := shape_of(model)):
         raise InputRefused(
             f"--apply-to {folder}: found {other}, need the attention of MODEL ({shape})",
             "leave out MODEL: the folder itself is proven",
@@ -174,7 +174,7 @@ def resolve(name: str, config: Any, dtype: torch.dtype, device: torch.device, re
 
 def require_right(proof: Proof) -> None:
     """Raises EnvironmentUnusable naming every row that isn't right."""
-    wrong = [f"{row.backend}, {row.case}: {row.reason}" for row in proof.rows if not row.ok]
+    wrong = [str(row) for row in proof.rows if not row.ok]
     if wrong:
         raise EnvironmentUnusable(
             "attention: found " + "; ".join(wrong) + "; need every implementation right in every case",
@@ -184,7 +184,7 @@ def require_right(proof: Proof) -> None:
 
 def none_is_right(rows: Sequence[Row]) -> EnvironmentUnusable:
     """The error where no implementation passed."""
-    reasons = "; ".join(f"{row.backend}, {row.case}: {row.reason}" for row in rows if not row.ok)
+    reasons = "; ".join(str(row) for row in rows if not row.ok)
     return EnvironmentUnusable(
         f"attention: found none that is right for packed blocks ({reasons or 'none could run'}), need one",
         "choose a model of the Llama family, or reinstall torch and transformers; "

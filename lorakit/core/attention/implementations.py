@@ -201,7 +201,7 @@ def varlen_attention(
         if cu_seq_lens_q is not None and max_length_q is not None:
             packed = cu_seq_lens_q, max_length_q
         else:
-            packed = _documents(position_ids, rows, length)
+            packed = documents_in(position_ids, rows, length)
         if packed is None and sliding_window is not None and sliding_window < length:
             ends = torch.arange(0, rows * length + 1, length, dtype=torch.int32, device=query.device)
             packed = ends, length
@@ -272,7 +272,7 @@ _read: tuple[weakref.ref[Tensor], int, int, tuple[Tensor, int] | None] | None = 
 """The positions that were read last, their version, for how many rows, and the documents: all layers get the same."""
 
 
-def _documents(position_ids: Tensor | None, rows: int, length: int) -> tuple[Tensor, int] | None:
+def documents_in(position_ids: Tensor | None, rows: int, length: int) -> tuple[Tensor, int] | None:
     """The ends of the documents in positions that restart, and the longest; None where no row is packed."""
     global _read
     if position_ids is None or position_ids.dim() != 2 or position_ids.shape[1] != length:
@@ -299,6 +299,12 @@ def guard(model: Any) -> None:
         whole.base_model.register_forward_pre_hook(keep_apart, with_kwargs=True)
 
 
+@functools.cache
+def _takes(kind: type) -> inspect.Signature:
+    """What a class's forward pass takes; read once, since it is asked before every one."""
+    return inspect.signature(kind.forward)  # type: ignore[attr-defined]
+
+
 def keep_apart(
     module: Any, given: tuple[Any, ...], named: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -308,7 +314,7 @@ def keep_apart(
     `_preprocess_mask_arguments`): with a mask, even of ones alone, and with the cache that it makes by default, every
     document sees those before it. So a mask raises InputRefused, and no cache is made.
     """
-    bound = inspect.signature(module.forward).bind_partial(*given, **named).arguments
+    bound = _takes(module.__class__).bind_partial(module, *given, **named).arguments
     passed = {**bound.pop("kwargs", {}), **bound}
     mask, positions = passed.get("attention_mask"), passed.get("position_ids")
     cache = next((passed[name] for name in ("past_key_values", "cache") if passed.get(name) is not None), None)

@@ -56,6 +56,9 @@ class Row:
     refused: Mapping[str, str]
     """sdpa's other kernels, and torch's own words why it can't use them."""
 
+    def __str__(self) -> str:
+        return f"{self.backend}, {self.case}: {self.reason}"
+
 
 @dataclass(frozen=True)
 class Skipped:
@@ -81,7 +84,7 @@ class Proof:
     def notes(self) -> list[str]:
         """What is worth knowing beside the figures, a line each: reasons, kernels that sdpa can't use, what is left
         out."""
-        found = [f"{row.backend}, {row.case}: {row.reason}" for row in self.rows if row.reason]
+        found = [str(row) for row in self.rows if row.reason]
         refused: dict[tuple[str, str], dict[str, None]] = {}
         for row in self.rows:
             for kernel, why in row.refused.items():

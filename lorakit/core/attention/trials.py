@@ -20,7 +20,7 @@ from transformers import AttentionInterface, DynamicCache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from lorakit.core.attention.cases import Case, attention_in_float64, seen_from
-from lorakit.core.attention.implementations import BY_LENGTHS, Shape, attention_module
+from lorakit.core.attention.implementations import BY_LENGTHS, Shape, attention_module, documents_in
 from lorakit.core.profiling import Profile, median_seconds, profiled, refused_kernels
 
 
@@ -34,6 +34,7 @@ class Reference:
     gradient_BTHD: Tensor
     real_BT: Tensor
     """Queries that are text; what padding gets is nobody's business."""
+    positions_BT: Tensor
     results: Sequence[Tensor]
     """Output [B, T, H, D], then the gradients of q, k and v where the case trains."""
 
@@ -70,18 +71,18 @@ class Bench:
             (rows, case.queries, shape.num_heads, shape.head_dim),
         ]
         q, k, v, gradient = (torch.randn(size, generator=draw).to(self.device, self.dtype) for size in sizes)
-        seen_BTS, real_BT, _ = (tensor.to(self.device) for tensor in seen_from(case, rows))
+        seen_BTS, real_BT, positions_BT = (tensor.to(self.device) for tensor in seen_from(case, rows))
         gradient = gradient * real_BT[:, :, None, None]
         results = attention_in_float64(q, k, v, seen_BTS, self.scaling, gradient if case.trains else None)
-        return Reference(q, k, v, gradient, real_BT, results)
+        return Reference(q, k, v, gradient, real_BT, positions_BT, results)
 
     def call(self, name: str, case: Case, reference: Reference) -> Callable[[Sequence[Tensor]], Tensor]:
         """Attention as a layer calls it, on q, k and v; the mask is made here, as once in a forward pass."""
         config = copy.deepcopy(self.config)
         config._attn_implementation = name
         self.module.config = config
-        _, real_BT, positions_BT = (tensor.to(self.device) for tensor in seen_from(case, self.batch_size))
-        padding = real_BT.long() if case.padding else None
+        positions_BT = reference.positions_BT
+        padding = reference.real_BT.long() if case.padding else None
         cache = None
         if case.cached:
             cache = DynamicCache()
@@ -93,10 +94,8 @@ class Bench:
             make_mask = create_sliding_window_causal_mask
         mask = make_mask(config, embeds, padding, cache, positions_BT)
         more: dict[str, Any] = {"position_ids": positions_BT, "sliding_window": case.window}
-        if case.documents and name in BY_LENGTHS:
-            starts = (positions_BT == 0).flatten().nonzero().flatten()
-            ends = torch.cat((starts, starts.new_tensor([positions_BT.numel()]))).to(torch.int32)
-            longest = int(ends.diff().max())
+        if name in BY_LENGTHS and (packed := documents_in(positions_BT, *positions_BT.shape)) is not None:
+            ends, longest = packed
             more |= {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
         eager = getattr(sys.modules[type(self.module).__module__], "eager_attention_forward", None)
         function = AttentionInterface()[name] if name != "eager" else eager

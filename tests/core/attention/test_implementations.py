@@ -15,6 +15,7 @@ from lorakit.core.attention.implementations import (
     IMPLEMENTATIONS,
     Shape,
     attention_module,
+    documents_in,
     guard,
     keep_apart,
     lacking,
@@ -84,28 +85,28 @@ def test_each_document_gets_what_float64_gives_it_alone(
 def test_documents_in_positions_are_read_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU reading them waits for it; in place changed positions are read again."""
     positions = torch.tensor([[0, 1, 2, 0, 1]])
-    found = implementations._documents(positions, 1, 5)
+    found = documents_in(positions, 1, 5)
     assert found is not None
     assert found[0].tolist() == [0, 3, 5]
     assert found[1] == 3
-    assert implementations._documents(positions, 1, 5) is found
+    assert documents_in(positions, 1, 5) is found
     positions[0, 3] = 3
     positions[0, 4] = 4
-    assert implementations._documents(positions, 1, 5) is None
-    assert implementations._documents(positions, 2, 5) is None
+    assert documents_in(positions, 1, 5) is None
+    assert documents_in(positions, 2, 5) is None
 
 
 def test_documents_are_read_anew_for_other_rows_and_where_changes_cant_be_seen() -> None:
     positions = torch.tensor([[0, 1, 2, 0, 1]])
     for rows, ends in ((1, [0, 3, 5]), (2, [0, 3, 5, 8, 10]), (1, [0, 3, 5])):
-        found = implementations._documents(positions, rows, 5)
+        found = documents_in(positions, rows, 5)
         assert found is not None
         assert found[0].tolist() == ends
     with torch.inference_mode():
         positions = torch.tensor([[0, 1, 2, 0, 1]])
-        assert implementations._documents(positions, 1, 5) is not None
+        assert documents_in(positions, 1, 5) is not None
         positions.copy_(torch.arange(5)[None])
-        assert implementations._documents(positions, 1, 5) is None
+        assert documents_in(positions, 1, 5) is None
 
 
 def test_dropout_that_varlen_doesnt_have_is_an_error() -> None:
