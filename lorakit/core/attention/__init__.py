@@ -295,13 +295,9 @@ def apply_to(folder: Path, implementation: str) -> Patched:
         content = json.loads(before)
         if content.get(_KEY) == implementation:
             return Patched(path, implementation, changed=False)
-        applied = {**content, _KEY: implementation}
-        if artifacts.is_artifact(folder):
-            artifacts.amend(folder, path.name, _as_bytes(applied))
         if not _is_of(backup, content):  # none yet, or one of a config that is there no more
             disk.write_file(backup, before)
-        if not artifacts.is_artifact(folder):
-            disk.write_file(path, _as_bytes(applied))
+        _put(path, (json.dumps({**content, _KEY: implementation}, indent=2) + "\n").encode())
     return Patched(path, implementation, changed=True)
 
 
@@ -324,10 +320,7 @@ def revert(folder: Path) -> Patched:
                 f"{path}: found other settings than in {BACKUP}, need those: it was changed since --apply-to",
                 f"remove {_KEY!r} from config.json by hand, and {BACKUP}",
             )
-        if artifacts.is_artifact(folder):
-            artifacts.amend(folder, path.name, before)
-        else:
-            disk.write_file(path, before)
+        _put(path, before)
         backup.unlink()
         disk.fsync_folder(folder)
     return Patched(path, json.loads(before).get(_KEY), changed=True)
@@ -341,8 +334,12 @@ def _is_of(backup: Path, content: Mapping[str, Any]) -> bool:
     return {**kept, _KEY: None} == {**content, _KEY: None}
 
 
-def _as_bytes(content: Mapping[str, Any]) -> bytes:
-    return (json.dumps(content, indent=2) + "\n").encode()
+def _put(path: Path, content: bytes) -> None:
+    """Replace a model folder's config.json, in its manifest too where it has one."""
+    if artifacts.is_artifact(path.parent):
+        artifacts.amend(path.parent, path.name, content)
+    else:
+        disk.write_file(path, content)
 
 
 def _read_config(path: Path) -> bytes:

@@ -295,6 +295,36 @@ def test_a_folder_without_a_config_is_refused(content: bytes | None, words: str,
         apply_to(tmp_path, "sdpa")
 
 
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("as_artifact", [False, True])
+def test_killed_before_the_config_is_written_the_same_command_finishes_and_can_be_reverted(
+    as_artifact: bool, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was there is kept before anything is changed."""
+    from lorakit.core.config import DemoConfig
+
+    if as_artifact:
+        files = [(path.name, path.read_bytes()) for path in folder.iterdir()]
+        folder = tmp_path / "whole"
+        artifacts.commit(folder, "base", files, config=DemoConfig.resolve(), parents={}, facts={})
+    before = (folder / "config.json").read_bytes()
+
+    def killed(*given: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(attention, "_put", killed)
+        with pytest.raises(Killed):
+            apply_to(folder, "eager")
+    assert (folder / BACKUP).read_bytes() == (folder / "config.json").read_bytes() == before
+    assert apply_to(folder, "eager").changed
+    revert(folder)
+    assert (folder / "config.json").read_bytes() == before
+
+
 def test_a_config_that_was_changed_since_is_not_overwritten(folder: Path) -> None:
     apply_to(folder, "eager")
     path = folder / "config.json"
