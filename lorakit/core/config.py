@@ -7,7 +7,7 @@ A step's config is made of sections (`config.lora.rank`). To the user it is flat
 import difflib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, Union, get_args, get_origin
@@ -20,8 +20,19 @@ from lorakit.core.errors import UsageError
 
 Attention = Literal["auto", "varlen", "sdpa", "flex_attention", "eager", "flash_attention_2", "flash_attention_3"]
 Quantization = Literal["none", "int8", "nf4", "fp4"]
+Optimizer = Literal[
+    *("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"),
+    *("lion", "lion_8bit", "paged_lion", "paged_lion_8bit", "sgd"),
+]
+Scheduler = Literal[
+    *("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"),
+    *("cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay", "reduce_lr_on_plateau"),
+]
+"""transformers' own names (its SchedulerType), without `greedy`, which takes a gradient-free search."""
+Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 _QUANTIZE = "Keep the base's linear layers in 8 bits (LLM.int8) or 4 (QLoRA's NF4, or FP4, with double quantization)."
 TEMPLATES = ("auto", "chat", "none", "alpaca", "vicuna", "llama2", "chatml")
+_DOUBLE_QUANTIZATION = "Quantize the scales of a 4-bit base too: 0.37 bits less for each of its numbers."
 _MAX_SEED = 2**63 - 1  # what torch.manual_seed takes
 
 
@@ -87,6 +98,44 @@ def _renaming(pair: str) -> str:
     return pair
 
 
+def _numbers(pairs: tuple[str, ...]) -> tuple[str, ...]:
+    for pair in pairs:
+        name, _, value = pair.partition("=")
+        if not name.strip().isidentifier() or not value.strip():
+            raise ValueError("not of the form name=value")
+    return pairs
+
+
+def _names_or_pattern(value: object) -> object:
+    """Names separated by commas; a regular expression stays whole, commas and all."""
+    return (value,) if isinstance(value, str) and is_pattern(value) else _split_commas(value)
+
+
+def is_pattern(name: str) -> bool:
+    """Whether a name of modules is a regular expression: names themselves are of letters, digits, `_`, `-` and `.`"""
+    return re.search(r"[\\^$*+?()\[\]{}|]", name) is not None
+
+
+def _all_compile(names: tuple[str, ...]) -> tuple[str, ...]:
+    for name in names:
+        try:
+            re.compile(name)
+        except re.error as error:
+            raise ValueError(f"not a regular expression: {error}") from None
+    return names
+
+
+def _layer_numbers(value: object) -> object:
+    """`0,4-7` as 0, 4, 5, 6, 7."""
+    if isinstance(value, str):
+        found: list[int] = []
+        for part in _split_commas(value):  # type: ignore[attr-defined]
+            first, dash, last = part.partition("-")
+            found += range(int(first), int(last) + 1) if dash else [int(first)]
+        value = tuple(found)
+    return tuple(sorted(set(value))) if isinstance(value, list | tuple) else value
+
+
 def _one_or_more(value: object) -> object:
     return (value,) if isinstance(value, str | Path) else value
 
@@ -106,8 +155,18 @@ Renamings = Annotated[
     tuple[Annotated[str, AfterValidator(_renaming)], ...], BeforeValidator(_split_commas), BeforeValidator(_pairs)
 ]
 """name=column pairs, separated by commas; in a settings file also a mapping."""
-Names = Annotated[tuple[str, ...], BeforeValidator(_split_commas), Field(min_length=1)]
-"""One or more names, separated by commas."""
+Names = Annotated[tuple[str, ...], BeforeValidator(_split_commas)]
+"""Names separated by commas."""
+Modules = Annotated[
+    tuple[str, ...], AfterValidator(_all_compile), BeforeValidator(_names_or_pattern), Field(min_length=1)
+]
+"""One or more names of modules separated by commas, or one regular expression."""
+Layers = Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_layer_numbers)]
+"""Numbers of decoder layers, counted from 0."""
+Arguments = Annotated[
+    tuple[str, ...], AfterValidator(_numbers), BeforeValidator(_split_commas), BeforeValidator(_pairs)
+]
+"""name=value pairs, separated by commas; in a settings file also a mapping."""
 
 
 _UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -257,6 +316,10 @@ class ModelSection(Section):
         "varlen where a small proof finds it right.",
     )
     quantize: Quantization = setting("none", _QUANTIZE)
+    double_quantization: bool = setting(True, _DOUBLE_QUANTIZATION)
+    int8_threshold: float = setting(
+        6.0, "Inputs larger than this are multiplied in 16 bits over an 8-bit base (LLM.int8).", ge=0
+    )
 
 
 class TrainDataSection(Section):
@@ -280,19 +343,54 @@ class TrainDataSection(Section):
 
 class LoraSection(Section):
     title = "LoRA"
-    rank: int = setting(16, "Rank of the LoRA matrices.", short="-r", ge=1)
+    rank: int = setting(
+        16, "Rank of the LoRA matrices; 64 to 256 where there are more than about 100,000 rows.", short="-r", ge=1
+    )
     lora_alpha: float = setting(32.0, "LoRA scale: the update is multiplied by lora-alpha / rank.", gt=0)
-    lora_dropout: float = setting(0.0, "Dropout on the input of the LoRA matrices.", ge=0, lt=1)
-    target_modules: Names = setting(
-        ("all-linear",), "Modules that get LoRA: all-linear, or names separated by commas (q_proj,v_proj)."
+    lora_dropout: float = setting(0.0, "Dropout on the input of the LoRA matrices; small and slow to pay.", ge=0, lt=1)
+    target_modules: Modules = setting(
+        ("all-linear",),
+        "Modules that get LoRA: all-linear, names separated by commas (q_proj,v_proj), or a regular expression for "
+        "whole names. Attention alone learns less than all linear layers, at equal size too.",
+        metavar="NAMES",
+    )
+    layers_to_transform: Layers = setting(
+        (), "Only these decoder layers get LoRA: 0,4-7.", metavar="NUMBERS", need="numbers of layers: 0,4-7"
+    )
+
+
+class LoraKindSection(Section):
+    title = "LoRA"
+    use_rslora: bool = setting(False, "Multiply the update by lora-alpha / √rank (rank-stabilized LoRA).")
+    use_dora: bool = setting(False, "Learn the length of each weight's columns apart (DoRA): slower, more memory.")
+    modules_to_save: Names = setting(
+        (), "Modules that are trained whole and kept in the adapter: embed_tokens,lm_head.", metavar="NAMES"
+    )
+    add_tokens: Names = setting(
+        (), "New tokens, separated by commas, whose embeddings are trained; the adapter keeps them.", metavar="TOKENS"
+    )
+    adapter: ModelName | None = setting(
+        None, "Begin with the weights of this adapter; its rank, alpha and targets are kept.", metavar="ADAPTER"
+    )
+
+
+class OptimizerKindSection(Section):
+    title = "Optimizer"
+    optimizer: Optimizer = setting(
+        "adamw",
+        "AdamW, Lion or SGD; states in 8 bits take a quarter; paged ones move to the CPU when the GPU is full.",
+        metavar="NAME",
     )
 
 
 class OptimizerSection(Section):
-    title = "Optimizer (AdamW)"
-    learning_rate: float = setting(2e-4, "Highest learning rate.", gt=0)
-    lr_scheduler_type: Literal["linear", "cosine", "constant"] = setting(
-        "linear", "Course of the learning rate after warm-up."
+    title = "Optimizer"
+    learning_rate: float = setting(2e-4, "Highest learning rate; 1e-4 for models from about 30B.", gt=0)
+    lr_scheduler_type: Scheduler = setting(
+        "linear", "Course of the learning rate after warm-up: transformers' schedules.", metavar="NAME"
+    )
+    lr_scheduler_kwargs: Arguments = setting(
+        (), "What a schedule takes besides: min_lr_rate=0.1, num_decay_steps=100.", metavar="NAME=VALUE"
     )
     warmup_ratio: float = setting(0.03, "Share of the steps in which the learning rate rises from 0.", ge=0, lt=1)
     weight_decay: float = setting(0.0, "Decoupled weight decay of the LoRA matrices.", ge=0)
@@ -301,44 +399,45 @@ class OptimizerSection(Section):
 
 class BatchSection(Section):
     title = "Batch and length"
-    batch_size: int = setting(1, "Blocks in a micro-step.", ge=1)
-    gradient_accumulation_steps: int = setting(1, "Micro-steps in an optimizer step.", ge=1)
+    batch_size: Annotated[int, Field(ge=1, le=65_536)] | Literal["auto"] = setting(
+        1,
+        "Blocks in a micro-step of one device. auto: the most that the plan says fits, with --effective-batch-size.",
+        metavar="N|auto",
+        need="a whole number from 1 to 65536, or auto",
+        decides_result=False,
+    )
+    gradient_accumulation_steps: int = setting(1, "Micro-steps in an optimizer step.", ge=1, decides_result=False)
     effective_batch_size: int | None = setting(
-        None, "Blocks in an optimizer step; sets the accumulation from --batch-size.", ge=1
+        None,
+        "Blocks in an optimizer step of all devices together; sets the accumulation. LoRA learns best with 16 to 32.",
+        ge=1,
     )
     epochs: float = setting(1.0, "Passes over the blocks.", gt=0)
     max_steps: int | None = setting(None, "Optimizer steps, instead of --epochs.", ge=1)
+    extend: bool = setting(
+        False, "Go on with a run that was made for fewer --epochs or --max-steps.", decides_result=False
+    )
     gradient_checkpointing: bool = setting(
         True, "Recompute activations in the backward pass: much less memory, about a third more time."
     )
+    torch_compile: bool = setting(False, "Compile the decoder layers: faster steps after minutes of compiling.")
     seed: int = setting(0, "Seed of the LoRA matrices, the order of the blocks and dropout.", ge=0, le=_MAX_SEED)
-
-    @property
-    def accumulates(self) -> bool:
-        """Whether gradients are kept from one micro-step to the next."""
-        return self.accumulation_steps > 1
-
-    @property
-    def accumulation_steps(self) -> int:
-        """Micro-steps in an optimizer step."""
-        if self.effective_batch_size is None:
-            return self.gradient_accumulation_steps
-        return self.effective_batch_size // self.batch_size
+    deterministic: bool = setting(False, "Only kernels that give the same bytes each time; on GPUs slower.")
 
     @model_validator(mode="after")
     def _effective_batch_size_is_reachable(self) -> Self:
         if self.effective_batch_size is not None:
             if self.gradient_accumulation_steps != 1:
                 raise ValueError("found both effective_batch_size and gradient_accumulation_steps, need one of them")
-            if self.effective_batch_size % self.batch_size:
-                raise ValueError(
-                    f"effective_batch_size: found {self.effective_batch_size}, "
-                    f"need a multiple of batch_size ({self.batch_size})"
-                )
+        elif self.batch_size == "auto":
+            raise ValueError(
+                "batch_size: found auto alone, need --effective-batch-size N beside it: how many blocks are learned "
+                "from in a step mustn't depend on the memory"
+            )
         return self
 
 
-class PlanFileSection(Section):
+class ParallelSection(Section):
     title = "Devices"
     plan: PathSetting | None = setting(
         None,
@@ -347,13 +446,61 @@ class PlanFileSection(Section):
         metavar="FILE",
         decides_result=False,
     )
+    parallel: Literal["ddp", "fsdp", "split"] | None = setting(
+        None,
+        "How several GPUs share the work: a whole copy on each (ddp), a share of all weights on each (fsdp), or layers "
+        "over devices (split). Left out: one device, or what --plan says.",
+        decides_result=False,
+    )
+    num_processes: int | None = setting(
+        None, "Processes of ddp or fsdp on this machine. Left out: one a GPU.", ge=1, le=1024, decides_result=False
+    )
+    num_machines: int = setting(
+        1, "Machines that train together; the same command is run on each.", ge=1, le=1024, decides_result=False
+    )
+    rendezvous: str | None = setting(
+        None, "Where machines meet: an address and port of one of them.", metavar="HOST:PORT", decides_result=False
+    )
+    accelerate_config: PathSetting | None = setting(
+        None,
+        "An accelerate config file: its number of processes and clipping are taken, its strategy is translated.",
+        metavar="FILE",
+        decides_result=False,
+    )
+
+
+class EvaluationSection(Section):
+    title = "Evaluation"
+    eval_steps: int | None = setting(None, "Optimizer steps between losses over the held-out blocks.", ge=1)
+    early_stopping_patience: int | None = setting(
+        None, "Evaluations without a lower loss after which the run ends.", ge=1
+    )
+    load_best_model_at_end: bool = setting(
+        False, "The adapter is that of the lowest held-out loss, instead of the last step's."
+    )
+    sample_prompts: PathSetting | None = setting(
+        None,
+        "Prompts, one a line (or JSONL with prompt or messages), answered at each evaluation.",
+        metavar="FILE",
+        decides_result=False,
+    )
 
 
 class SavingSection(Section):
     title = "Saving and logging"
     save_steps: int = setting(100, "Optimizer steps between checkpoints.", ge=1, decides_result=False)
-    save_total_limit: int = setting(2, "Newest checkpoints that are kept.", ge=1, decides_result=False)
+    save_minutes: float | None = setting(
+        None, "Also save when this many minutes have passed since the last.", gt=0, decides_result=False
+    )
+    keep_checkpoints: int = setting(3, "Newest checkpoints that are kept, beside the best.", ge=1, decides_result=False)
     logging_steps: int = setting(1, "Optimizer steps between lines in metrics.jsonl.", ge=1, decides_result=False)
+    track: Tracker | None = setting(
+        None, "Send metrics to a tracker too, which must be installed.", decides_result=False
+    )
+    push_to_hub: str | None = setting(
+        None, "Upload the adapter to this Hub repository at the end.", metavar="REPO", decides_result=False
+    )
+    private: bool = setting(False, "Make that repository private.", decides_result=False)
 
 
 class AttentionSection(Section):
@@ -392,6 +539,7 @@ class PlannedModelSection(Section):
         "auto", "Number type of the base. auto: bf16 on GPUs, fp32 on a CPU."
     )
     quantize: Quantization = setting("none", _QUANTIZE)
+    double_quantization: bool = setting(True, _DOUBLE_QUANTIZATION)
     attention: Attention = setting(
         "auto", "Implementation of attention that train will use. auto: varlen, which keeps least."
     )
@@ -665,31 +813,124 @@ class PrepareConfig(StepConfig):
     preview: PreviewSection
 
 
+SCHEDULE_ARGUMENTS: Mapping[str, frozenset[str]] = {
+    "cosine": frozenset({"num_cycles"}),
+    "cosine_with_restarts": frozenset({"num_cycles"}),
+    "polynomial": frozenset({"lr_end", "power"}),
+    "inverse_sqrt": frozenset({"timescale"}),
+    "cosine_with_min_lr": frozenset({"num_cycles", "min_lr", "min_lr_rate"}),
+    "cosine_warmup_with_min_lr": frozenset({"num_cycles", "min_lr", "min_lr_rate", "warmup_lr_rate"}),
+    "warmup_stable_decay": frozenset(
+        {"num_decay_steps", "num_stable_steps", "warmup_type", "decay_type", "min_lr_ratio", "num_cycles"}
+    ),
+    "reduce_lr_on_plateau": frozenset({"factor", "patience", "threshold", "cooldown", "min_lr"}),
+}
+"""What --lr-scheduler-kwargs may hold for each schedule: the arguments of transformers' and torch's functions."""
+
+_NEEDED_ARGUMENTS: Mapping[str, frozenset[str]] = {
+    "cosine_with_min_lr": frozenset({"min_lr", "min_lr_rate"}),
+    "cosine_warmup_with_min_lr": frozenset({"min_lr", "min_lr_rate"}),
+    "warmup_stable_decay": frozenset({"num_decay_steps"}),
+}
+
+
 class TrainConfig(StepConfig):
     model: ModelSection
     data: TrainDataSection
     rows: RowsSection
     packing: PackingSection
     lora: LoraSection
+    lora_kind: LoraKindSection
+    optimizer_kind: OptimizerKindSection
     optimizer: OptimizerSection
     batch: BatchSection
-    devices: PlanFileSection
+    devices: ParallelSection
+    evaluation: EvaluationSection
     saving: SavingSection
     output: OutputSection
 
     @model_validator(mode="after")
-    def _one_source_of_blocks(self) -> Self:
+    def _no_contradictions(self) -> Self:
+        problems = [*self._data_problems(), *self._schedule_problems(), *self._device_problems()]
+        if self.saving.private and self.saving.push_to_hub is None:
+            problems.append("found --private alone, need --push-to-hub REPO beside it")
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    def _data_problems(self) -> Iterator[str]:
         given = [source for source in (self.data.blocks, self.data.dataset) if source]
         if len(given) != 1:
-            raise ValueError(f"found {len(given)} of --blocks and --dataset, need exactly one of them")
+            yield f"found {len(given)} of --blocks and --dataset, need exactly one of them"
         changed = differences(self.packing.model_dump(), PackingSection().model_dump())
         changed += differences(self.rows.model_dump(), RowsSection().model_dump())
         if self.data.blocks and changed:
             names = ", ".join(option_name(line.partition(":")[0]) for line in changed)
-            raise ValueError(
-                f"found {names} beside --blocks, need them at `lorakit prepare`: blocks are packed already"
+            yield f"found {names} beside --blocks, need them at `lorakit prepare`: blocks are packed already"
+
+    def _schedule_problems(self) -> Iterator[str]:
+        evaluation, schedule = self.evaluation, self.optimizer.lr_scheduler_type
+        needing = {
+            "--early-stopping-patience": evaluation.early_stopping_patience is not None,
+            "--load-best-model-at-end": evaluation.load_best_model_at_end,
+            "--sample-prompts": evaluation.sample_prompts is not None,
+            "--lr-scheduler-type reduce_lr_on_plateau": schedule == "reduce_lr_on_plateau",
+        }
+        if evaluation.eval_steps is None:
+            for name in (name for name, given in needing.items() if given):
+                yield f"found {name} without evaluations, need --eval-steps N beside it"
+        given = {pair.partition("=")[0].strip() for pair in self.optimizer.lr_scheduler_kwargs}
+        known = SCHEDULE_ARGUMENTS.get(schedule, frozenset())
+        if given - known:
+            takes = ", ".join(sorted(known)) or "none"
+            yield f"lr_scheduler_kwargs: found {', '.join(sorted(given - known))}, need those of {schedule}: {takes}"
+        if (needed := _NEEDED_ARGUMENTS.get(schedule)) and not given & needed:
+            yield f"lr_scheduler_kwargs: found no {' or '.join(sorted(needed))}, which {schedule} needs"
+
+    def _device_problems(self) -> Iterator[str]:
+        devices, batch, quantize = self.devices, self.batch, self.model.quantize
+        many = devices.num_processes not in (None, 1) or devices.num_machines > 1
+        if many and devices.parallel in (None, "split") and devices.accelerate_config is None:
+            yield (
+                f"found --num-processes or --num-machines with --parallel {devices.parallel or 'left out'}, "
+                "need --parallel ddp or fsdp (split works in one process)"
             )
-        return self
+        if devices.parallel == "fsdp" and quantize == "int8":
+            yield "found --parallel fsdp with --quantize int8, need none, nf4 or fp4: int8 can't be cut into shards"
+        if (devices.num_machines > 1) != (devices.rendezvous is not None):
+            yield "found one of --num-machines and --rendezvous, need both: --num-machines 2 --rendezvous HOST:PORT"
+        if devices.rendezvous is not None and not re.fullmatch(r"[^\s:]+:[1-9]\d{0,4}", devices.rendezvous):
+            yield f"rendezvous: found {devices.rendezvous!r}, need HOST:PORT"
+        copies = self.data_parallel_size
+        if batch.effective_batch_size is not None and batch.effective_batch_size % (copies * self._blocks_at_once):
+            each = f"batch_size ({self._blocks_at_once})" + (f" × {copies} processes" if copies > 1 else "")
+            yield f"effective_batch_size: found {batch.effective_batch_size}, need a multiple of {each}"
+
+    @property
+    def _blocks_at_once(self) -> int:
+        return 1 if self.batch.batch_size == "auto" else self.batch.batch_size
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Processes that each take their share of a step's blocks, of all machines; 1 where that isn't known yet."""
+        if self.devices.parallel not in ("ddp", "fsdp"):
+            return 1
+        return (self.devices.num_processes or 1) * self.devices.num_machines
+
+    @property
+    def blocks_per_step(self) -> int:
+        """Blocks in an optimizer step, of all processes together."""
+        batch = self.batch
+        if batch.effective_batch_size is not None:
+            return batch.effective_batch_size
+        return self._blocks_at_once * batch.gradient_accumulation_steps * self.data_parallel_size
+
+    def settled(self, **devices: object) -> Self:
+        """The same settings with the devices that were found and the blocks of a step in words that don't depend on
+        them: what a run keeps, and compares when it goes on elsewhere."""
+        found = self.model_copy(update={"devices": self.devices.model_copy(update=devices)})
+        steps = {"effective_batch_size": found.blocks_per_step, "gradient_accumulation_steps": 1}
+        return type(self).model_validate({**found.model_dump(), "batch": {**found.batch.model_dump(), **steps}})
 
 
 class PatchAttentionConfig(StepConfig):
@@ -731,6 +972,7 @@ class PlanDevicesConfig(StepConfig):
     model: PlannedModelSection
     devices: DevicesSection
     lora: LoraSection
+    optimizer: OptimizerKindSection
     batch: PlannedBatchSection
     plan: PlanSection
 
