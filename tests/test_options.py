@@ -129,7 +129,7 @@ TYPED: list[tuple[type[StepConfig], str, dict[str, Any]]] = [
             "seed": 9,
             "plan": "/p.json",
             "save_steps": 11,
-            "save_total_limit": 12,
+            "keep_checkpoints": 12,
             "logging_steps": 13,
             "output": "/o",
             "overwrite": True,

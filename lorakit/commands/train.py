@@ -24,6 +24,7 @@ def run(config: "TrainConfig", console: Console) -> None:
     if config.data.dataset:
         request = PrepareConfig(
             data=DatasetSection(dataset=config.data.dataset, tokenizer=config.model.model),
+            tokens=config.tokens,
             rows=config.rows,
             held_out=SplitSection(seed=config.batch.seed),
             packing=config.packing,

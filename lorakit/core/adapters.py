@@ -23,7 +23,6 @@ _DEFAULTS: Mapping[str, Any] = {
     "fan_in_fan_out": False,
     "rank_pattern": {},
     "alpha_pattern": {},
-    "trainable_token_indices": None,
     "lora_bias": False,
 }
 """What lorakit's adapters are, as far as it changes the numbers; an adapter that says otherwise is refused by name."""
@@ -46,6 +45,13 @@ class Adapter:
         """What B·A is multiplied by: alpha / r (Hu et al. 2021), or alpha / √r for rsLoRA (Kalajdzievski 2023)."""
         divisor = math.sqrt(self.rank) if self.config.get("use_rslora") else self.rank
         return float(self.config["lora_alpha"]) / divisor
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows that the base's embeddings need for this adapter's own tokens; 0 where it has none."""
+        learned = self.config.get("trainable_token_indices") or []
+        lists = learned.values() if isinstance(learned, Mapping) else [learned]
+        return max((index + 1 for indices in lists for index in indices), default=0)
 
     @property
     def base_name(self) -> str:

@@ -194,10 +194,12 @@ def claim(
     *,
     overwrite: bool,
     unfinished: Collection[str] = (),
+    may_differ: Collection[str] = (),
 ) -> Artifact | None:
     """The artifact that this very work has made at `target` already, or None where the target may be written.
 
-    `unfinished` names what work of this kind leaves at its target before it is done. Raises Mismatch where `target`
+    `unfinished` names what work of this kind leaves at its target before it is done, `may_differ` settings that may be
+    others than the artifact's. Raises Mismatch where `target`
     holds other work, InputRefused where it holds something that isn't lorakit's: neither is ever touched, and only the
     first can be overwritten on request.
     """
@@ -216,7 +218,8 @@ def claim(
                 f"{target}: found {manifest['kind']}, need a new or empty folder for {kind}",
                 "choose another --output, or replace it with --overwrite",
             )
-        refuse_other_work(Artifact(target, manifest), config, parents, "choose another --output, or add --overwrite")
+        hint = "choose another --output, or add --overwrite"
+        refuse_other_work(Artifact(target, manifest), config, parents, hint, may_differ)
         return open_artifact(target, kind)
     except (ArtifactDamaged, Mismatch):
         if overwrite:
@@ -224,9 +227,11 @@ def claim(
         raise
 
 
-def refuse_other_work(artifact: Artifact, config: StepConfig, parents: Mapping[str, str], hint: str) -> None:
+def refuse_other_work(
+    artifact: Artifact, config: StepConfig, parents: Mapping[str, str], hint: str, may_differ: Collection[str] = ()
+) -> None:
     """Raises Mismatch with the differences where `artifact` comes from other settings or inputs than these."""
-    wanted = config.identity()
+    wanted = {name: value for name, value in config.identity().items() if name not in may_differ}
     changed = differences({name: artifact.config.get(name) for name in wanted}, wanted)
     changed += differences(artifact.parents, parents)
     if changed:
@@ -291,6 +296,24 @@ def commit(
     except OSError as error:
         raise disk_failed(error, target) from error
     return Artifact(target, read_manifest(target))
+
+
+def reopen(folder: Path, unfinished: Collection[str]) -> None:
+    """Make an artifact the unfinished work again that it was: all but `unfinished` goes. The caller holds the lock.
+
+    What goes is moved into a stage, manifest first, so that after a kill it is moved in again: before the stage is
+    removed the artifact was never lost.
+    """
+    stage = folder / f".stage-{uuid.uuid4().hex}"
+    names = [name for name in _visible(folder) if name not in unfinished]
+    try:
+        os.mkdir(stage)
+        for name in sorted(names, key=lambda name: name != MANIFEST):
+            os.rename(folder / name, stage / name)
+        disk.fsync_folder(folder)
+    except OSError as error:
+        raise disk_failed(error, folder) from error
+    _discard(stage)
 
 
 def amend(folder: Path, name: str, content: bytes) -> None:

@@ -21,12 +21,28 @@ from lorakit.core.errors import UsageError
 Attention = Literal["auto", "varlen", "sdpa", "flex_attention", "eager", "flash_attention_2", "flash_attention_3"]
 Quantization = Literal["none", "int8", "nf4", "fp4"]
 Optimizer = Literal[
-    *("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"),
-    *("lion", "lion_8bit", "paged_lion", "paged_lion_8bit", "sgd"),
+    "adamw",
+    "adamw_8bit",
+    "paged_adamw",
+    "paged_adamw_8bit",
+    "lion",
+    "lion_8bit",
+    "paged_lion",
+    "paged_lion_8bit",
+    "sgd",
 ]
 Scheduler = Literal[
-    *("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"),
-    *("cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay", "reduce_lr_on_plateau"),
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+    "cosine_with_min_lr",
+    "cosine_warmup_with_min_lr",
+    "warmup_stable_decay",
+    "reduce_lr_on_plateau",
 ]
 """transformers' own names (its SchedulerType), without `greedy`, which takes a gradient-free search."""
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
@@ -272,6 +288,16 @@ class SplitSection(Section):
     seed: int = setting(0, "Seed of the choice of held-out rows.", ge=0, le=_MAX_SEED)
 
 
+class TokensSection(Section):
+    title = "Data"
+    add_tokens: Names = setting(
+        (),
+        "New tokens, separated by commas: the tokenizer gets them, train learns their embeddings, the adapter keeps "
+        "them. The same for prepare and train.",
+        metavar="TOKENS",
+    )
+
+
 class PreviewSection(Section):
     title = "This command"
     preview: int = setting(0, "Show the first rows as they are trained.", ge=0, decides_result=False)
@@ -365,9 +391,6 @@ class LoraKindSection(Section):
     use_dora: bool = setting(False, "Learn the length of each weight's columns apart (DoRA): slower, more memory.")
     modules_to_save: Names = setting(
         (), "Modules that are trained whole and kept in the adapter: embed_tokens,lm_head.", metavar="NAMES"
-    )
-    add_tokens: Names = setting(
-        (), "New tokens, separated by commas, whose embeddings are trained; the adapter keeps them.", metavar="TOKENS"
     )
     adapter: ModelName | None = setting(
         None, "Begin with the weights of this adapter; its rank, alpha and targets are kept.", metavar="ADAPTER"
@@ -806,6 +829,7 @@ def differences(found: Mapping[str, object], wanted: Mapping[str, object]) -> li
 
 class PrepareConfig(StepConfig):
     data: DatasetSection
+    tokens: TokensSection
     rows: RowsSection
     held_out: SplitSection
     packing: PackingSection
@@ -837,6 +861,7 @@ _NEEDED_ARGUMENTS: Mapping[str, frozenset[str]] = {
 class TrainConfig(StepConfig):
     model: ModelSection
     data: TrainDataSection
+    tokens: TokensSection
     rows: RowsSection
     packing: PackingSection
     lora: LoraSection
@@ -972,7 +997,7 @@ class PlanDevicesConfig(StepConfig):
     model: PlannedModelSection
     devices: DevicesSection
     lora: LoraSection
-    optimizer: OptimizerKindSection
+    optimizer_kind: OptimizerKindSection
     batch: PlannedBatchSection
     plan: PlanSection
 

@@ -7,9 +7,28 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 _LLAMA = "transformers/models/llama/modeling_llama.py"
+
+
+@dataclass(frozen=True)
+class Worker:
+    """One process of a parallel run, as torchrun's environment variables say."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+
+
+def worker() -> Worker | None:
+    """Which process of a parallel run this is; None where it is no such run."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    if "RANK" not in os.environ:
+        return None
+    return Worker(*(int(os.environ[name]) for name in names))
 
 
 def usable_cores() -> int:
@@ -58,6 +77,11 @@ def let_gpu_memory_grow() -> None:
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # cuda:0 is then the first that nvidia-smi shows
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # its older name, which torch asks for too
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+
+def make_cublas_deterministic() -> None:
+    """Have cuBLAS use workspaces by which its sums always run in the same order. Before its first call."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def cache_folder() -> Path:

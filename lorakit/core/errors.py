@@ -8,6 +8,7 @@ LorakitError ─┬─ UsageError            2   an option, argument or settings
               ├─ DiskFailed            7   full, read-only or failing storage
               ├─ NonFinite             8   NaN or infinity where a number belongs
               ├─ OutOfMemory           9
+              ├─ RankFailed           10   another process of the same run failed
               ├─ EnvironmentUnusable  11   a package or device that the command can't do without
               ├─ HubFailed            12   the model hub or the network
               └─ Stopped           75/130  stopped by a signal; the same command goes on
@@ -85,6 +86,10 @@ class OutOfMemory(LorakitError):
     exit_code = ExitCode.OUT_OF_MEMORY
 
 
+class RankFailed(LorakitError):
+    exit_code = ExitCode.RANK_FAILED
+
+
 class EnvironmentUnusable(LorakitError):
     exit_code = ExitCode.ENVIRONMENT
 
@@ -106,7 +111,7 @@ class Stopped(LorakitError):
 
 def first_line(error: BaseException) -> str:
     """What an error of another library says, short enough for ours."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -23,6 +23,7 @@ from lorakit.core.errors import NonFinite
 from lorakit.core.events import Notice, Progress, Report
 from lorakit.core.memory import LOSS_TOKENS
 from lorakit.core.model import open_model, require_vocabulary
+from lorakit.core.parallel import World
 from lorakit.core.shapes import CHANGES_LOGITS
 
 
@@ -75,6 +76,26 @@ def _chunk_loss(head: Any, hidden_CH: Tensor, targets_C: Tensor) -> Tensor:
     return cross_entropy(logits_CV.float(), targets_C.to(logits_CV.device), reduction="sum")
 
 
+def mean_loss(
+    model: Any, blocks: Blocks, batch_size: int, report: Report, task: str, world: World | None = None
+) -> tuple[float, int]:
+    """Mean loss over all trained tokens of `blocks`, in nats, and how many they are; each process takes its share."""
+    size, rank = (world.size, world.rank) if world is not None else (1, 0)
+    firsts = range(0, len(blocks), batch_size)
+    total, tokens = 0.0, 0
+    with torch.no_grad():
+        for turn in range(0, len(firsts), size):
+            mine = min(turn + rank, len(firsts) - 1)  # shards are fetched by all: the last is computed again, uncounted
+            batch = blocks.batch(range(firsts[mine], min(firsts[mine] + batch_size, len(blocks))))
+            loss = loss_sum(model, batch).item()
+            total += loss if mine == turn + rank else 0.0
+            tokens += batch.trained_tokens if mine == turn + rank else 0
+            report(Progress(task, min(turn + size, len(firsts)), len(firsts), "batches"))
+    told = world.gather([total, tokens]) if world is not None else [[total, tokens]]
+    counted = int(sum(one[1] for one in told))
+    return sum(one[0] for one in told) / max(counted, 1), counted
+
+
 def evaluate(config: EvaluateConfig, report: Report) -> Evaluation:
     """Loss and perplexity of a model over blocks, its base beside it where it is an adapter.
 
@@ -88,22 +109,16 @@ def evaluate(config: EvaluateConfig, report: Report) -> Evaluation:
     opened = open_model(config.model.model, config.model.base, config.model.dtype, report)
     require_vocabulary(opened.model, blocks.largest_id(), blocks.path)
     apply(opened.model, "auto")
-    batches = range(0, len(blocks), config.data.batch_size)
     passes: list[tuple[str, Callable[[], Any]]] = [("evaluating", nullcontext)]
     if opened.adapter is not None:
         passes.append(("evaluating the base", opened.model.disable_adapter))
     losses, tokens = [], 0
     for task, context in passes:
-        total, tokens = 0.0, 0
-        with context(), torch.inference_mode():
-            for done, first in enumerate(batches, 1):
-                batch = blocks.batch(range(first, min(first + config.data.batch_size, len(blocks))))
-                total += loss_sum(opened.model, batch).item()
-                tokens += batch.trained_tokens
-                report(Progress(task, done, len(batches), "batches", f"loss {total / tokens:.4f}"))
-        if not math.isfinite(total):
-            raise NonFinite(f"{config.model.model}: found a loss of {total}, need a number", "try --dtype fp32")
-        losses.append(total / tokens)
+        with context():
+            loss, tokens = mean_loss(opened.model, blocks, config.data.batch_size, report, task)
+        if not math.isfinite(loss):
+            raise NonFinite(f"{config.model.model}: found a loss of {loss}, need a number", "try --dtype fp32")
+        losses.append(loss)
     perplexities = [math.exp(min(loss, 700.0)) for loss in losses]  # e^700 is the largest power that a float holds
     base_loss, base_perplexity = (losses[1], perplexities[1]) if len(losses) > 1 else (None, None)
     return Evaluation(losses[0], perplexities[0], tokens, base_loss, base_perplexity)

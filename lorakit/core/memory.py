@@ -1,9 +1,10 @@
 """How many bytes a training step takes, cause by cause, from a shape and the settings of `train`. No torch.
 
 What is counted is what `train` does: transformers' model with PEFT's LoRA in fp32 under autocast, logits in chunks
-(evaluation.py), fused AdamW, and no weight gradient for the base. Nothing is fitted to a configuration. Weights follow
-bitsandbytes' formats; activations are what autograd keeps for each operation of a decoder layer, which the tests hold
-against autograd's own saved tensors and against the live tensors of real steps, byte for byte.
+(evaluation.py), an optimizer that makes no copies, and no weight gradient for the base. Nothing is fitted to a
+configuration. Weights follow bitsandbytes' formats; activations are what autograd keeps for each operation of a decoder
+layer, which the tests hold against autograd's own saved tensors and against the live tensors of real steps, byte for
+byte.
 
 Symbols, per token: h hidden, i intermediate, q and kv the widths of queries and keys, d of one head, a heads, r rank,
 V vocabulary, e bytes of a number of the residual stream; T tokens of a micro-step, P LoRA parameters.
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple
 
-from lorakit.core.config import PlanDevicesConfig, Quantization, TrainConfig
+from lorakit.core.config import Optimizer, PlanDevicesConfig, Quantization, TrainConfig
 from lorakit.core.shapes import Module, Shape
 
 LOSS_TOKENS = 256
@@ -30,6 +31,9 @@ CPU_PROCESS_BYTES = 400 * 2**20
 
 SLACK_SHARE = 0.03
 """Share of what comes and goes that torch's allocator holds in pieces too small to use."""
+
+PAGED_ELEMENTS = 100_000
+"""Elements of the smallest tensor whose states a paged optimizer pages (bitsandbytes, Optimizer8bit)."""
 
 _ROUNDING = 512  # bytes, of every allocation: kMinBlockSize of torch's CUDACachingAllocator
 _CUBLAS_BYTES = 2 * 32 * 2**20  # for the forward and the backward thread each; 32 MiB on Hopper: CublasHandlePool.cpp
@@ -64,6 +68,9 @@ class Workload:
     gradient_checkpointing: bool
     attention: AttentionKind = "varlen"
     loss_tokens: int = LOSS_TOKENS
+    optimizer: Optimizer = "adamw"
+    double_quantization: bool = True
+    layers_to_transform: tuple[int, ...] = ()
 
     @classmethod
     def of(
@@ -73,10 +80,11 @@ class Workload:
         block_size: int,
         batch_size: int,
         *,
+        accumulates: bool,
         on_gpu: bool,
     ) -> "Workload":
-        """What `config` asks for, with what it may leave open: the number type, the block and the batch. Attention that
-        is left open is varlen."""
+        """What `config` asks for, with what it may leave open: the number type, the block, the batch, and whether
+        gradients are kept from one micro-step to the next. Attention that is left open is varlen."""
         return cls(
             dtype=dtype,
             quantize=config.model.quantize,
@@ -85,9 +93,12 @@ class Workload:
             lora_dropout=config.lora.lora_dropout,
             block_size=block_size,
             batch_size=batch_size,
-            accumulates=config.batch.accumulates,
+            accumulates=accumulates,
             gradient_checkpointing=config.batch.gradient_checkpointing,
             attention=attention_kind(config.model.attention, on_gpu=on_gpu),
+            optimizer=config.optimizer_kind.optimizer,
+            double_quantization=config.model.double_quantization,
+            layers_to_transform=config.lora.layers_to_transform,
         )
 
     @property
@@ -144,9 +155,9 @@ def weight_bytes(module: Module, work: Workload, *, quantized: bool) -> int:
     """A frozen module's tensors, each rounded up as torch allocates it.
 
     int8: a byte an element, an fp32 scale a row (Dettmers et al. 2022, LLM.int8(); bitsandbytes Int8Params: CB, SCB).
-    nf4, fp4: half a byte an element, for each 64 of them a byte of scale, for each 256 of those an fp32 one, an offset,
-    and code tables of 16 and 256 fp32 numbers (Dettmers et al. 2023, QLoRA, double quantization; bitsandbytes
-    QuantState). The rest: the base's own number type.
+    nf4, fp4: half a byte an element, for each 64 of them an fp32 scale and a code table of 16 fp32 numbers; with double
+    quantization a byte of scale, for each 256 of those an fp32 one, an offset, and another table of 256 (Dettmers et
+    al. 2023, QLoRA; bitsandbytes QuantState). The rest: the base's own number type.
     """
     if module.kind == "buffer":
         return 2 * _rounded(4 * module.out_features)  # rotary frequencies, and as they were before rescaling
@@ -157,6 +168,8 @@ def weight_bytes(module: Module, work: Workload, *, quantized: bool) -> int:
     if work.quantize == "int8":
         return _rounded(elements) + _rounded(4 * module.out_features) + bias
     scales = -(-elements // 64)
+    if not work.double_quantization:
+        return sum(map(_rounded, (-(-elements // 2), 4 * scales, 4 * 16))) + bias
     return sum(map(_rounded, (-(-elements // 2), scales, 4 * -(-scales // 256), 4, 4 * 16, 4 * 256))) + bias
 
 
@@ -168,6 +181,27 @@ def is_quantized(module: Module, shape: Shape) -> bool:
 def lora_parameters(modules: Iterable[Module], rank: int) -> int:
     """A is [rank, in], B is [out, rank] (Hu et al. 2021)."""
     return sum(rank * (module.in_features + module.out_features) for module in modules)
+
+
+def optimizer_bytes(modules: Iterable[Module], work: Workload) -> int:
+    """What the optimizer keeps of LoRA's matrices on the device that trains them.
+
+    AdamW two moments an element, Lion one, SGD none; 4 bytes each, or one and an fp32 scale for each 256 of them, for
+    matrices of at least 4,096 elements (Dettmers et al. 2022, 8-bit Optimizers via Block-wise Quantization;
+    bitsandbytes, min_8bit_size). What pages is not counted, for it leaves the device when that is full: the states of
+    matrices of at least 100,000 elements (bitsandbytes, Optimizer8bit.get_state_buffer).
+    """
+    kind = work.optimizer
+    moments = 0 if kind == "sgd" else 1 if "lion" in kind else 2
+    total = 0
+    for module in modules:
+        for elements in (work.rank * module.in_features, work.rank * module.out_features):
+            if kind.startswith("paged") and elements >= PAGED_ELEMENTS:
+                continue
+            in_8_bits = kind.endswith("8bit") and elements >= 4096
+            each = _rounded(elements) + _rounded(4 * -(-elements // 256)) if in_8_bits else 4 * elements
+            total += moments * each
+    return total
 
 
 def _rounded(size: int) -> int:
@@ -182,6 +216,7 @@ class _Layer:
 
     weights: int
     parameters: int
+    optimizer: int
     kept: int
     moments: list[tuple[int, int]]
 
@@ -193,7 +228,7 @@ class StepMemory:
         """Raises InputRefused where a LoRA target matches no layer."""
         self.shape, self.work = shape, work
         self._targets: dict[int | None, list[Module]] = {}
-        for module in shape.targets(work.target_modules):
+        for module in shape.targets(work.target_modules, work.layers_to_transform):
             self._targets.setdefault(module.layer, []).append(module)
         self._modules: dict[int | None, list[Module]] = {}
         for module in shape.modules:
@@ -208,17 +243,19 @@ class StepMemory:
         a 16-bit copy of all LoRA weights, which autocast keeps until it ends) and backward (log-softmax and two
         gradients, 12 bytes); the last norm's backward pass; each layer's, where what lies below is still kept and the
         gradients above are there; and the optimizer's step.
-        Data-parallel devices hold all gradients and as much again in buckets (torch's DistributedDataParallel); FSDP's
-        hold 1/shards of weights and states, and whole what lies outside of the layers and two of them, one computed
-        and one fetched ahead (torch's fully_shard).
+        Data-parallel devices hold all gradients and as much again in the buffer by which they are summed; FSDP's hold
+        1/shards of the layers' weights and of all states, whole what lies outside of the layers, and two of them, one
+        computed and one fetched ahead (torch's fully_shard).
         """
         layers = self.layers[part.first : part.end]
-        outside, parameters = self._outside(part)
-        weights = outside + sum(layer.weights for layer in layers)
+        outside, parameters, optimizer = self._outside(part)
+        of_layers = sum(layer.weights for layer in layers)
         parameters += sum(layer.parameters for layer in layers)
+        optimizer += sum(layer.optimizer for layer in layers)
         if shards > 1:
-            weights = weights // shards + outside + 2 * max(layer.weights for layer in self.layers)
-            parameters = -(-parameters // shards)
+            of_layers = of_layers // shards + 2 * max(layer.weights for layer in self.layers)
+            parameters, optimizer = -(-parameters // shards), -(-optimizer // shards)
+        weights = outside + of_layers
         all_gradients = 4 * parameters
         always = all_gradients * (2 if copies > 1 else 1) if self.work.accumulates or copies > 1 else 0
         moments = [(always or all_gradients, 0, 0), *self._loss(part), *self._last_norm(part)]
@@ -229,7 +266,7 @@ class StepMemory:
             weights=weights,
             lora=4 * parameters,
             gradients=gradients,
-            optimizer=8 * parameters,
+            optimizer=optimizer,
             activations=activations,
             loss=loss,
             workspace=_CUBLAS_BYTES,
@@ -237,16 +274,18 @@ class StepMemory:
             slack=round(SLACK_SHARE * (activations + loss)),
         )
 
-    def _outside(self, part: Part) -> tuple[int, int]:
-        """Weights and LoRA parameters of what a device holds outside of the decoder layers."""
-        weights = parameters = 0
+    def _outside(self, part: Part) -> tuple[int, int, int]:
+        """Weights, LoRA parameters and their optimizer's states of what a device holds outside of the layers."""
+        weights = parameters = optimizer = 0
         for module in self._modules.get(None, ()):
             of_head = module.name == self.shape.head
             here = part.head if of_head else part.embedding if module.kind in ("embedding", "buffer") else part.norm
             if here:
                 weights += 0 if of_head and self.shape.tied else self._weights(module)
-                parameters += lora_parameters([module], self.work.rank) * (module in self._targets.get(None, ()))
-        return weights, parameters
+                if module in self._targets.get(None, ()):
+                    parameters += lora_parameters([module], self.work.rank)
+                    optimizer += optimizer_bytes([module], self.work)
+        return weights, parameters, optimizer
 
     def _weights(self, module: Module) -> int:
         return weight_bytes(module, self.work, quantized=is_quantized(module, self.shape))
@@ -324,6 +363,7 @@ class StepMemory:
             kinds[kind] = _Layer(
                 weights=sum(map(self._weights, modules)),
                 parameters=lora_parameters(targets, self.work.rank),
+                optimizer=optimizer_bytes(targets, self.work),
                 kept=_kept(self.shape, self.work, targets, all_of_it=True),
                 moments=_moments(self.shape, self.work, targets),
             )

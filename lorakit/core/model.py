@@ -3,7 +3,7 @@
 import hashlib
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,17 +11,18 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch.nn import ModuleList
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lorakit.core.adapters import Adapter, match, open_adapter
-from lorakit.core.config import LoraSection
+from lorakit.core.config import LoraKindSection, LoraSection, is_pattern
 from lorakit.core.errors import EnvironmentUnusable, InputRefused, first_line, is_out_of_memory
 from lorakit.core.events import Notice, Report
 from lorakit.core.hub import model_folder
-from lorakit.core.shapes import FAMILIES, Module, Shape, refuse_uncounted, shape_of
+from lorakit.core.shapes import FAMILIES, Module, Shape, is_called, refuse_uncounted, shape_of
 from lorakit.core.tokenization import load_tokenizer, quiet_libraries
 from lorakit.core.weights import Weights, open_weights
 
@@ -150,13 +151,16 @@ def load_base(
     device: torch.device,
     quantize: str = "none",
     device_map: Mapping[str, int | str] | None = None,
+    *,
+    double_quantization: bool = True,
+    int8_threshold: float = 6.0,
 ) -> PreTrainedModel:
     """The base model, frozen and in evaluation mode, its linear layers quantized while they are loaded; on `device`, or
     where `device_map` says.
 
     Raises InputRefused where transformers can't build it whole.
     """
-    quantization = _quantization(quantize, dtype)
+    quantization = _quantization(quantize, dtype, double_quantization, int8_threshold)
     places: Any = dict(device_map) if device_map else {"": device} if quantization else None
     try:
         with quiet_libraries():
@@ -185,22 +189,29 @@ def load_base(
             f"{weights.folder}: found weights without {lacking[0]} ({len(lacking)} such), need every tensor",
             "download the model again",
         )
+    for module in model.modules():
+        # bitsandbytes would lay 4-bit weights out anew for a CPU's inference, at the first evaluation of a run: with
+        # other rounding, and only where sizes are multiples of 64 (Linear4bit.forward, 0.50)
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     model.requires_grad_(False)
     model.config.use_cache = False
     return (model if places else model.to(device)).eval()
 
 
-def _quantization(quantize: str, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+def _quantization(
+    quantize: str, dtype: torch.dtype, double_quantization: bool, int8_threshold: float
+) -> BitsAndBytesConfig | None:
     """What `--quantize` means to bitsandbytes; embeddings, norms and the head keep the base's number type, which peft's
     `prepare_model_for_kbit_training` would double to fp32 for nothing."""
     if quantize == "none":
         return None
     if quantize == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=int8_threshold)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=quantize,
-        bnb_4bit_use_double_quant=True,
+        bnb_4bit_use_double_quant=double_quantization,
         bnb_4bit_compute_dtype=dtype,
     )
 
@@ -245,19 +256,35 @@ def quantized(linear: torch.nn.Linear, quantize: str, dtype: torch.dtype) -> tor
     return made
 
 
-def add_lora(base: PreTrainedModel, lora: LoraSection, seed: int, base_name: str) -> PeftModel:
+def add_lora(
+    base: PreTrainedModel,
+    lora: LoraSection,
+    seed: int,
+    base_name: str,
+    kind: LoraKindSection | None = None,
+    new_tokens: Sequence[int] = (),
+) -> PeftModel:
     """The base with new LoRA matrices in fp32, A drawn from (seed, tensor name) and B zero, so that any engine and any
-    number of processes starts from the same adapter.
+    number of processes starts from the same adapter. `new_tokens` are the ids of tokens whose embeddings are trained.
 
-    Raises InputRefused where a target matches no linear layer, listing what there is.
+    Raises InputRefused where a target or a module to save matches nothing, listing what there is.
     """
-    targets = _checked_targets(base, lora.target_modules)
-    alpha = int(lora.lora_alpha) if lora.lora_alpha.is_integer() else lora.lora_alpha
+    kind = kind or LoraKindSection()
+    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
+    ends = (embedding,) if base.config.tie_word_embeddings else (embedding, head)
+    learned = {name.rpartition(".")[2] for name, module in base.named_modules() if module in ends}
+    rows = {name: list(new_tokens) for name in sorted(learned - set(kind.modules_to_save))} if new_tokens else None
+    tied = bool(base.config.tie_word_embeddings and {"embed_tokens", "lm_head"} & set(kind.modules_to_save))
     config = LoraConfig(
         r=lora.rank,
-        lora_alpha=alpha,
+        lora_alpha=int(lora.lora_alpha) if lora.lora_alpha.is_integer() else lora.lora_alpha,
         lora_dropout=lora.lora_dropout,
-        target_modules=targets,
+        **_targets(base, lora),
+        use_rslora=kind.use_rslora,
+        use_dora=kind.use_dora,
+        modules_to_save=_saved_modules(base, kind.modules_to_save),
+        trainable_token_indices=rows,
+        ensure_weight_tying=tied,
         task_type="CAUSAL_LM",
         base_model_name_or_path=base_name,
         inference_mode=False,
@@ -265,7 +292,7 @@ def add_lora(base: PreTrainedModel, lora: LoraSection, seed: int, base_name: str
     with quiet_libraries():
         model = get_peft_model(base, config)
     model.peft_config["default"].base_model_name_or_path = base_name
-    for name, parameter in lora_parameters(model).items():
+    for name, parameter in trained_parameters(model).items():
         if ".lora_A." in name:
             seed_bytes = hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8]
             generator = torch.Generator().manual_seed(int.from_bytes(seed_bytes, "little", signed=True))
@@ -273,7 +300,55 @@ def add_lora(base: PreTrainedModel, lora: LoraSection, seed: int, base_name: str
             bound = 1 / math.sqrt(parameter.shape[1])
             drawn = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
             parameter.data.copy_(drawn)
+    return _learn_in_fp32(model)
+
+
+def continue_lora(base: PreTrainedModel, adapter: Adapter, base_name: str) -> PeftModel:
+    """The base with the matrices of an adapter from disk, in fp32, to be trained further."""
+    with quiet_libraries():
+        model = PeftModel.from_pretrained(base, str(adapter.folder), is_trainable=True, local_files_only=True)
+    model.peft_config["default"].base_model_name_or_path = base_name
+    return _learn_in_fp32(model)
+
+
+def _learn_in_fp32(model: PeftModel) -> PeftModel:
+    """All that is trained in fp32, for 16 bits lose what one step adds; a whole embedding still gives the base's own
+    number type, or everything after it would be computed in fp32."""
+    embedding = model.get_input_embeddings()
+    dtype = model.get_base_model().dtype
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    if dtype is not torch.float32 and any(parameter.requires_grad for parameter in embedding.parameters()):
+        embedding.register_forward_hook(lambda _module, _inputs, hidden: hidden.to(dtype))
     return model
+
+
+def _saved_modules(base: PreTrainedModel, names: Sequence[str]) -> list[str] | None:
+    there_are = {name.rpartition(".")[2] for name, _ in base.named_modules()}
+    for name in names:
+        if name not in there_are:
+            raise InputRefused(
+                f"modules_to_save: found {name!r}, which is no module; need some of "
+                f"{', '.join(sorted(part for part in there_are if part and not part.isdigit()))}",
+                "correct --modules-to-save",
+            )
+    return sorted(names) or None
+
+
+def grow(base: PreTrainedModel, rows: int) -> None:
+    """Room for new tokens: embeddings and head get rows up to `rows`, each the mean of those that were there."""
+    old = base.get_input_embeddings().weight.shape[0]
+    if rows <= old:
+        return
+    means = [
+        module.weight[:old].float().mean(0) for module in (base.get_input_embeddings(), base.get_output_embeddings())
+    ]
+    with quiet_libraries():
+        base.resize_token_embeddings(rows, mean_resizing=False)
+    for module, mean in zip((base.get_input_embeddings(), base.get_output_embeddings()), means, strict=True):
+        module.weight.data[old:] = mean.to(module.weight.dtype)
+    base.requires_grad_(False)
 
 
 def make_ready(model: PeftModel, dtype: torch.dtype, *, checkpointing: bool) -> None:
@@ -302,6 +377,13 @@ def checkpoint_activations(model: PeftModel) -> None:
         model.enable_input_require_grads()
 
 
+def compile_layers(model: PeftModel) -> None:
+    """Have torch compile each decoder layer: all are alike, so that one compilation serves them all."""
+    layers = next(found for found in model.get_base_model().base_model.children() if isinstance(found, ModuleList))
+    for layer in layers:
+        layer.compile()
+
+
 def leave_casts_to_autocast(model: PeftModel) -> None:
     """Keep PEFT from casting what LoRA reads to the adapter's fp32, which autocast then casts back: a copy of every
     linear layer's input that lives until the backward pass."""
@@ -310,23 +392,41 @@ def leave_casts_to_autocast(model: PeftModel) -> None:
             module.cast_input_dtype_enabled = False
 
 
-def lora_parameters(model: PeftModel) -> dict[str, torch.nn.Parameter]:
-    """The trained parameters by the name that they have in PEFT's files."""
-    return {
-        name.replace(".default.", "."): parameter
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }
+def trained_parameters(model: PeftModel, names: Mapping[str, str] | None = None) -> dict[str, torch.nn.Parameter]:
+    """The trained parameters, each once, by the name that they have in PEFT's files; `names` are those of
+    `trained_names`, where the model has been cut into shards since."""
+    parameters = dict(model.named_parameters())
+    names = trained_names(model) if names is None else names
+    once = {inner: name for name, inner in reversed(names.items())}
+    return {name: parameters[inner] for inner, name in reversed(once.items())}
 
 
-def _checked_targets(base: PreTrainedModel, names: tuple[str, ...]) -> str | list[str]:
+def trained_names(model: PeftModel) -> dict[str, str]:
+    """The names of the trained parameters: in PEFT's files → in the model. Of a head that is tied to the embedding both
+    names are in the files."""
+    inner = {parameter.data_ptr(): name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    with quiet_libraries():
+        saved = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return {name: inner[tensor.data_ptr()] for name, tensor in saved.items() if tensor.data_ptr() in inner}
+
+
+def _targets(base: PreTrainedModel, lora: LoraSection) -> dict[str, Any]:
+    """What PEFT is told of --target-modules and --layers-to-transform."""
     head = base.get_output_embeddings()
     linears = {name: module for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)}
-    inner = {name for name, module in linears.items() if module is not head}
+    inner = [name for name, module in linears.items() if module is not head]
+    layers, names = lora.layers_to_transform, lora.target_modules
+    if layers and max(layers) >= base.config.num_hidden_layers:
+        raise InputRefused(
+            f"layers_to_transform: found {max(layers)}, need layers 0 to {base.config.num_hidden_layers - 1}",
+            "correct --layers-to-transform",
+        )
+    of_layers: dict[str, Any] = {"layers_to_transform": list(layers)} if layers else {}
     if names == ("all-linear",):
-        return "all-linear"
+        leaves = sorted({name.rpartition(".")[2] for name in inner})
+        return {"target_modules": leaves if layers else "all-linear", **of_layers}
     for target in names:
-        matched = [name for name in linears if name == target or name.endswith(f".{target}")]
+        matched = [name for name in linears if is_called(name, target)]
         if not matched:
             there_are = sorted({name.rsplit(".", 1)[-1] for name in inner})
             raise InputRefused(
@@ -338,7 +438,16 @@ def _checked_targets(base: PreTrainedModel, names: tuple[str, ...]) -> str | lis
                 f"target_modules: found {target!r}, whose weight is the embedding's too; need layers of their own",
                 "leave it out of --target-modules",
             )
-    return sorted(names)
+    if is_pattern(names[0]):  # PEFT takes a pattern or layers: of both the names that they mean
+        if not layers:
+            return {"target_modules": names[0]}
+        return {"target_modules": [name for name in linears if is_called(name, names[0]) and _layer_of(name) in layers]}
+    return {"target_modules": sorted(names), **of_layers}
+
+
+def _layer_of(name: str) -> int | None:
+    numbers = re.findall(r"\.(\d+)\.", name)
+    return int(numbers[0]) if numbers else None
 
 
 def open_model(name: str, base_name: str | None, dtype: str, report: Report) -> Opened:
@@ -358,7 +467,9 @@ def open_model(name: str, base_name: str | None, dtype: str, report: Report) -> 
     adapter = open_adapter(folder, report)
     weights = open_weights(base_folder(adapter, base_name))
     match(adapter, weights)
-    model = wrap(load_base(weights, pick_dtype(dtype, device), device), adapter)
+    base = load_base(weights, pick_dtype(dtype, device), device)
+    grow(base, adapter.vocabulary)
+    model = wrap(base, adapter)
     own_tokenizer = (folder / "tokenizer.json").is_file()
     return Opened(model, load_tokenizer(folder if own_tokenizer else weights.folder), adapter)
 

@@ -261,22 +261,28 @@ def layer_name(module: str, layer: int) -> str:
 # A run's plan
 
 
-def plan_run(shape: Shape, work: Workload, free: Budgets, path: Path | None) -> Plan:
-    """The plan that a run follows: that of the file, or all of the model on the first device. `free` is the memory that
-    each device has now; the plan's budgets are these.
+def plan_run(shape: Shape, work: Workload, free: Budgets, path: Path | None, parallel: Parallel = "split") -> Plan:
+    """The plan that a run follows: that of the file, or the best for these devices. `free` is the memory that each
+    device has now; the plan's budgets are these.
 
-    Raises Mismatch (a plan for another model or other settings), InputRefused (no plan, or one that isn't for one
-    process), EnvironmentUnusable (a device that isn't here), DiskFailed.
+    Raises Mismatch (a plan for another model, other settings or another way of sharing the work), InputRefused (no
+    plan), EnvironmentUnusable (a device that isn't here), DiskFailed.
     """
     if path is None:
-        device = next(iter(free))
-        return make_plan(shape, {device: free[device]}, work, "split")
+        return make_plan(shape, free, work, parallel)
     plan = read_plan(path)
-    if plan["device_map"] is None and len(plan["devices"]) > 1:
-        raise InputRefused(
-            f"{path}: found a plan for {plan['parallel']} over {len(plan['devices'])} devices, need split",
-            "this version trains in one process: `lorakit plan-devices --parallel split`",
-        )
+    found = "split" if len(plan["devices"]) == 1 else plan["parallel"]
+    if found != parallel:
+        how = "--parallel split" if found == "split" else f"--parallel {found} --num-processes {len(plan['devices'])}"
+        raise Mismatch(f"{path}: found a plan for {found}, need one for {parallel}", f"add {how}, or plan for this run")
+    if parallel != "split":
+        refuse_other_plan(path, plan, shape, work)
+        if len(plan["devices"]) != len(free):
+            raise Mismatch(
+                f"{path}: found a plan for {len(plan['devices'])} devices, need one for {len(free)} processes",
+                f"--num-processes {len(plan['devices'])}",
+            )
+        return make_plan(shape, free, work, parallel)
     names = {f"cuda:{device}" if device != "cpu" else "cpu": device for device in free}
     lacking = [device["name"] for device in plan["devices"] if device["name"] not in names]
     if lacking:
@@ -287,6 +293,13 @@ def plan_run(shape: Shape, work: Workload, free: Budgets, path: Path | None) -> 
     refuse_other_plan(path, plan, shape, work)
     devices = [names[device["name"]] for device in plan["devices"]]
     return make_plan(shape, {device: free[device] for device in devices}, work, "split", plan["device_map"])
+
+
+def largest_batch(shape: Shape, work: Workload, budgets: Budgets, parallel: Parallel, of: int) -> int:
+    """The largest micro-step that fits of those that make up `of` blocks evenly; 1 where none does."""
+    sizes = [size for size in range(of, 0, -1) if of % size == 0]
+    plans = ((size, replace(work, batch_size=size, accumulates=size < of)) for size in sizes)
+    return next((size for size, changed in plans if make_plan(shape, budgets, changed, parallel).fits), 1)
 
 
 def corrected(plan: Plan, factor: float) -> Plan:
@@ -352,6 +365,6 @@ def refuse_other_plan(path: Path, plan: Mapping[str, Any], shape: Shape, work: W
 
 
 def _settings(work: Workload) -> dict[str, Any]:
-    found = {**asdict(work), "target_modules": list(work.target_modules)}
+    found = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(work).items()}
     accumulates = found.pop("accumulates")
     return {**found, "gradient_accumulation_steps": "more than 1" if accumulates else "1"}

@@ -81,7 +81,8 @@ def plan_devices(config: PlanDevicesConfig, report: Report) -> Planned:
         )
     block, batch = config.batch.block_size, config.batch.batch_size
     first = (512 if block == "auto" else block, 1 if batch == "auto" else batch)
-    work = Workload.of(config, dtype, *first, on_gpu=not on_cpu)
+    accumulates = config.batch.gradient_accumulation_steps > 1
+    work = Workload.of(config, dtype, *first, accumulates=accumulates, on_gpu=not on_cpu)
 
     probed = None
     if config.plan.probe:
@@ -119,14 +120,15 @@ def next_command(config: PlanDevicesConfig, plan: Plan) -> str:
     given, usual = config.flat(), PlanDevicesConfig.resolve((None, {"model": config.model.model})).flat()
     names = (
         *("dtype", "quantize", "attention", "rank", "lora_alpha", "lora_dropout", "target_modules"),
-        *("batch_size", "gradient_accumulation_steps"),
+        *("layers_to_transform", "optimizer", "batch_size", "gradient_accumulation_steps"),
     )
     given |= {"batch_size": plan.work.batch_size}
     options = []
     for name in names:
         if given[name] != usual[name]:
-            value = ",".join(given[name]) if isinstance(given[name], list) else given[name]
+            value = ",".join(map(str, given[name])) if isinstance(given[name], list) else given[name]
             options += [option_name(name), str(value)]
+    options += [] if plan.work.double_quantization else ["--no-double-quantization"]
     options += [] if plan.work.gradient_checkpointing else ["--no-gradient-checkpointing"]
     ids = built_in().get(config.model.model.lower(), {}).get("ids") or [config.model.model]
     where = ["--blocks", "DIR", "--plan", str(config.plan.output or "FILE")]

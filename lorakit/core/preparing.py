@@ -150,7 +150,7 @@ def prepare(config: PrepareConfig, report: Report) -> Prepared:
     Raises InputRefused (a row that can't be used, nothing to train on), Mismatch (other blocks at the output),
     HubFailed, Busy and DiskFailed. Without an output, a second run of the same request waits for the first.
     """
-    spec = load_spec(model_folder(config.data.tokenizer))
+    spec = load_spec(model_folder(config.data.tokenizer), config.tokens.add_tokens)
     dataset, validation = _datasets(config, report)
     if _workers(config, dataset) > 1:
         _start_server()

@@ -22,11 +22,11 @@ from lorakit.core.model import (
     DTYPES,
     add_lora,
     autocast,
-    lora_parameters,
     make_ready,
     pick_device,
     random_base,
     shape_for,
+    trained_parameters,
 )
 
 _LENGTHS = {"cuda": (1024, 2048), "cpu": (128, 256)}
@@ -85,7 +85,7 @@ def _step_bytes(model: Any, tokens: int, dtype: torch.dtype, device: torch.devic
     ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (1, tokens))
     positions = np.arange(tokens)[None] % (tokens // 2)  # two documents
     batch = Batch(ids, positions, positions > 0)
-    parameters = list(lora_parameters(model).values())
+    parameters = list(trained_parameters(model).values())
     optimizer = torch.optim.AdamW(parameters, fused=device.type == "cuda")
 
     def step() -> None:

@@ -5,12 +5,14 @@ The layouts are those of transformers' LlamaForCausalLM, MistralForCausalLM, Qwe
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from lorakit.core.config import is_pattern
 from lorakit.core.errors import InputRefused
 from lorakit.core.hub import config_folder
 from lorakit.core.weights import read_json_object
@@ -87,23 +89,30 @@ class Shape:
         """The modules of one decoder layer; of None, those outside of all layers."""
         return (module for module in self.modules if module.layer == layer)
 
-    def targets(self, names: Sequence[str]) -> tuple[Module, ...]:
-        """The linear modules that get LoRA: `all-linear` is every one but the head, as in PEFT; else by name.
+    def targets(self, names: Sequence[str], layers: Sequence[int] = ()) -> tuple[Module, ...]:
+        """The linear modules that get LoRA: `all-linear` is every one but the head, as in PEFT; else by name, or whose
+        whole name a regular expression matches; of some layers only where `layers` are given.
 
-        Raises InputRefused where a name matches none, listing what there is.
+        Raises InputRefused where a name matches none, or a layer isn't there, listing what there is.
         """
         linears = [module for module in self.modules if module.kind == "linear"]
+        if layers and max(layers) >= self.num_layers:
+            raise InputRefused(
+                f"layers_to_transform: found {max(layers)}, need layers of {self.name}: 0 to {self.num_layers - 1}",
+                "correct --layers-to-transform",
+            )
+        there = [module for module in linears if not layers or module.layer in layers]
         if tuple(names) == ("all-linear",):
-            return tuple(module for module in linears if module.name != self.head)
+            return tuple(module for module in there if module.name != self.head)
         for name in names:
-            if not any(_is_called(module, name) for module in linears):
+            if not any(is_called(module.name, name) for module in there):
                 there_are = sorted({module.name.rpartition(".")[2] for module in linears if module.name != self.head})
                 raise InputRefused(
                     f"target_modules: found {name!r}, which matches no linear layer of {self.name}; "
                     f"need some of {', '.join(there_are)}",
                     "correct --target-modules, or leave it out: all-linear",
                 )
-        found = tuple(module for module in linears if any(_is_called(module, name) for name in names))
+        found = tuple(module for module in there if any(is_called(module.name, name) for name in names))
         if self.tied and any(module.name == self.head for module in found):
             raise InputRefused(
                 f"target_modules: found {self.head}, whose weight is the embedding's too; need layers of their own",
@@ -112,8 +121,11 @@ class Shape:
         return found
 
 
-def _is_called(module: Module, name: str) -> bool:
-    return module.name == name or module.name.endswith(f".{name}")
+def is_called(module: str, name: str) -> bool:
+    """Whether a name of --target-modules means a module: its own name, the end of it, or a regular expression."""
+    if is_pattern(name):
+        return re.fullmatch(name, module) is not None
+    return module == name or module.endswith(f".{name}")
 
 
 def built_in() -> dict[str, dict[str, Any]]:

@@ -85,18 +85,29 @@ def quiet_libraries() -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
-def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
-    """The tokenizer in a model folder. Raises InputRefused."""
-    from transformers import AutoTokenizer
+def load_tokenizer(folder: Path, add_tokens: Sequence[str] = ()) -> "PreTrainedTokenizerBase":
+    """The tokenizer in a model folder, with new tokens where some are added.
+
+    Raises InputRefused: no tokenizer, or one that knows such a token already.
+    """
+    from transformers import AddedToken, AutoTokenizer
 
     try:
         with quiet_libraries():
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
         raise InputRefused(
             f"{folder}: found no tokenizer that transformers can load ({first_line(error)}), need one",
             "give a folder that holds tokenizer.json and tokenizer_config.json",
         ) from None
+    known = [token for token in add_tokens if token in tokenizer.get_vocab()]
+    if known:
+        raise InputRefused(
+            f"add_tokens: found {', '.join(map(repr, known))} in the tokenizer already, need new ones",
+            "leave them out of --add-tokens",
+        )
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in add_tokens])
+    return tokenizer
 
 
 def tokenizer_files(tokenizer: "PreTrainedTokenizerBase") -> dict[str, bytes]:
@@ -106,17 +117,17 @@ def tokenizer_files(tokenizer: "PreTrainedTokenizerBase") -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir()) if path.is_file()}
 
 
-def load_spec(folder: Path) -> TokenizerSpec:
-    """The tokenizer of a model folder, from the cache where the same files were read before.
+def load_spec(folder: Path, add_tokens: Sequence[str] = ()) -> TokenizerSpec:
+    """The tokenizer of a model folder with new tokens, from the cache where the same files were read before.
 
     Raises InputRefused where there is none that transformers can load, DiskFailed.
     """
-    kept = cache_folder() / "tokenizers" / f"{_key(folder)}.json"
+    kept = cache_folder() / "tokenizers" / f"{_key(folder, add_tokens)}.json"
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         content = json.loads(kept.read_bytes())
         if artifacts.fingerprint(content["spec"]) == content["sha256"]:
             return TokenizerSpec(**content["spec"])
-    spec = spec_of(load_tokenizer(folder))
+    spec = spec_of(load_tokenizer(folder, add_tokens))
     content = {"spec": asdict(spec), "sha256": artifacts.fingerprint(asdict(spec))}
     with contextlib.suppress(LorakitError):  # a cache that can't be written costs time, nothing else
         disk.make_folder(kept.parent)
@@ -124,15 +135,15 @@ def load_spec(folder: Path) -> TokenizerSpec:
     return spec
 
 
-def _key(folder: Path) -> str:
-    """The hash of every file that transformers may read for a tokenizer, and of the versions that do."""
+def _key(folder: Path, add_tokens: Sequence[str]) -> str:
+    """The hash of every file that transformers may read for a tokenizer, of new tokens, and of the versions that do."""
     try:
         paths = sorted(path for pattern in (*_FILES, *_MORE_FILES) for path in folder.glob(pattern) if path.is_file())
         hashes = {str(path.relative_to(folder)): disk.sha256(path) for path in paths}
     except OSError as error:
         raise disk_failed(error, folder) from error
     versions = [importlib.metadata.version(name) for name in ("transformers", "tokenizers")]
-    return artifacts.fingerprint([_FORMAT, hashes, versions])
+    return artifacts.fingerprint([_FORMAT, hashes, versions, list(add_tokens)])
 
 
 def spec_of(tokenizer: "PreTrainedTokenizerBase") -> TokenizerSpec:

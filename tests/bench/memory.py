@@ -31,7 +31,7 @@ from lorakit.core.memory import Bytes, Part, StepMemory, Workload  # noqa: E402
 from lorakit.core.model import (  # noqa: E402
     add_lora,
     autocast,
-    lora_parameters,
+    trained_parameters,
     make_ready,
     quantized,
 )
@@ -175,7 +175,7 @@ def training_run(row: Row, base: Any, device: torch.device) -> Any:
     run.model = add_lora(base, config.lora, 0, row.model)
     make_ready(run.model, torch.bfloat16, checkpointing=row.checkpointing)
     run.scaled, run.autocast = False, autocast(device, torch.bfloat16)
-    run.parameters = lora_parameters(run.model)
+    run.parameters = trained_parameters(run.model)
     run.optimizer = torch.optim.AdamW(run.parameters.values(), fused=device.type == "cuda")
     run.rate_at = lambda step: 1e-4
     return run

@@ -229,7 +229,7 @@ BOUNDS: list[tuple[type[StepConfig], str, list[object], list[object]]] = [
     (TrainConfig, "max_steps", [1], [0]),
     (TrainConfig, "seed", [0, 2**63 - 1], [-1, 2**64]),
     (TrainConfig, "save_steps", [1], [0]),
-    (TrainConfig, "save_total_limit", [1], [0]),
+    (TrainConfig, "keep_checkpoints", [1], [0]),
     (TrainConfig, "logging_steps", [1], [0]),
     (ChatConfig, "max_new_tokens", [1], [0]),
     (ChatConfig, "temperature", [0], [-0.1]),
@@ -571,7 +571,7 @@ def test_what_decides_the_adapter_is_part_of_its_identity(name: str) -> None:
         ("output", "/elsewhere"),
         ("overwrite", True),
         ("save_steps", 7),
-        ("save_total_limit", 7),
+        ("keep_checkpoints", 7),
         ("logging_steps", 7),
     ],
 )

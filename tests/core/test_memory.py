@@ -15,7 +15,7 @@ from lorakit.core.blocks import Batch
 from lorakit.core.config import LoraSection
 from lorakit.core.evaluation import loss_sum
 from lorakit.core.memory import Part, StepMemory, Workload, is_quantized, weight_bytes
-from lorakit.core.model import add_lora, checkpoint_activations, leave_casts_to_autocast, load_base, lora_parameters
+from lorakit.core.model import add_lora, checkpoint_activations, leave_casts_to_autocast, load_base, trained_parameters
 from lorakit.core.shapes import Shape, config_of, shape_of
 from lorakit.core.weights import open_weights
 from tests.conftest import make_tokenizer
@@ -214,7 +214,7 @@ def stepping(built: tuple[Any, Shape, Workload]) -> tuple[Shape, Workload, Calla
         positions[:, work.block_size // 2 :] -= work.block_size // 2  # two documents, so that there is a mask
     batch = Batch(ids, positions, positions > -1)
     batch.trained_BT[:, 0] = False
-    parameters = list(lora_parameters(model).values())
+    parameters = list(trained_parameters(model).values())
     optimizer = torch.optim.AdamW(parameters, fused=True)
 
     def step() -> None:

@@ -14,12 +14,13 @@ import pytest
 import safetensors.torch
 import torch
 
-from lorakit.core import training
+from lorakit.core.training import loop
 from lorakit.core.blocks import Blocks
 from lorakit.core.config import LoraSection
 from lorakit.core.evaluation import loss_sum
 from lorakit.core.model import add_lora, checkpoint_activations, load_base
-from lorakit.core.training import Schedule
+from lorakit.core.training.checkpoints import Checkpoints
+from lorakit.core.training.schedule import Schedule
 from lorakit.core.weights import open_weights
 from tests.conftest import Ran, make_llama
 from tests.live import LiveBytes
@@ -66,7 +67,8 @@ def test_each_line_of_metrics_has_the_documented_keys(train: Callable[..., Ran],
     train("run", "--max-steps", 4, "--logging-steps", 3)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [3, 4]
-    assert set(lines[0]) == {"step", "loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_bytes"}
+    keys = {"step", "epoch", "loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_bytes"}
+    assert set(lines[0]) == keys
 
 
 def test_the_first_loss_is_the_bases_own(train: Callable[..., Ran], tiny_llama: Path, blocks: Path) -> None:
@@ -97,7 +99,7 @@ def test_a_stopped_run_goes_on_to_the_bytes_of_one_that_was_not(
 ) -> None:
     steps = ("--max-steps", 9, "--save-steps", 4, *options)
     train("whole", *steps)
-    original, calls = training._Run._step, 0
+    original, calls = loop.Run._step, 0
 
     def stop_at_sixth(run: Any) -> Any:
         nonlocal calls
@@ -106,9 +108,9 @@ def test_a_stopped_run_goes_on_to_the_bytes_of_one_that_was_not(
             raise KeyboardInterrupt
         return original(run)
 
-    monkeypatch.setattr(training._Run, "_step", stop_at_sixth)
+    monkeypatch.setattr(loop.Run, "_step", stop_at_sixth)
     assert train("stopped", *steps).code == 130
-    monkeypatch.setattr(training._Run, "_step", original)
+    monkeypatch.setattr(loop.Run, "_step", original)
     ran = train("stopped", *steps)
     assert ran.json["resumed_from"] == 4
     assert adapter_bytes(tmp_path / "stopped") == adapter_bytes(tmp_path / "whole")
@@ -121,7 +123,7 @@ def test_an_asked_stop_saves_the_step_and_exits_75(
     import os
     import signal
 
-    original = training._Run._step
+    original = loop.Run._step
 
     def signalled(run: Any) -> Any:
         line = original(run)
@@ -129,12 +131,12 @@ def test_an_asked_stop_saves_the_step_and_exits_75(
             os.kill(os.getpid(), signal.SIGTERM)
         return line
 
-    monkeypatch.setattr(training._Run, "_step", signalled)
+    monkeypatch.setattr(loop.Run, "_step", signalled)
     stopped = train("run", "--max-steps", 5)
     assert stopped.code == 75
     assert "stopped after step 3 of 5" in stopped.err
     assert (tmp_path / "run" / "checkpoints" / "step-00000003" / "lorakit.json").is_file()
-    monkeypatch.setattr(training._Run, "_step", original)
+    monkeypatch.setattr(loop.Run, "_step", original)
     assert train("run", "--max-steps", 5).json["resumed_from"] == 3
 
 
@@ -198,8 +200,8 @@ def test_fp16_overflow_repeats_the_step_with_a_smaller_scale(
     train: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A loss scale that overflows every gradient is halved until it doesn't; no step is lost to it."""
-    state = training._State
-    monkeypatch.setattr(training, "_State", lambda **given: state(**{"loss_scale": 2.0**40, **given}))
+    state = loop.State
+    monkeypatch.setattr(loop, "State", lambda **given: state(**{"loss_scale": 2.0**40, **given}))
     ran = train("run", "--max-steps", 3, "--dtype", "fp16")
     assert ran.code == 0, ran.err
     saved = json.loads((tmp_path / "run" / "checkpoints" / "step-00000003" / "state.json").read_text())
@@ -211,14 +213,14 @@ def test_fp16_overflow_repeats_the_step_with_a_smaller_scale(
 def test_a_step_that_is_not_finite_ends_the_run_before_it_is_saved(
     train: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad_step: int
 ) -> None:
-    original, calls = training.loss_sum, 0
+    original, calls = loop.loss_sum, 0
 
     def poisoned(*arguments: Any) -> Any:
         nonlocal calls
         calls += 1
         return original(*arguments) * (math.nan if calls == bad_step else 1)
 
-    monkeypatch.setattr(training, "loss_sum", poisoned)
+    monkeypatch.setattr(loop, "loss_sum", poisoned)
     ran = train("run", "--max-steps", 6, "--save-steps", 2)
     assert ran.code == 8
     assert f"step {bad_step}: found loss nan" in ran.err
@@ -227,7 +229,7 @@ def test_a_step_that_is_not_finite_ends_the_run_before_it_is_saved(
         assert int(checkpoint.name[5:]) < bad_step
         tensors = safetensors.torch.load((checkpoint / "adapter_model.safetensors").read_bytes())
         assert all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values())
-    monkeypatch.setattr(training, "loss_sum", original)
+    monkeypatch.setattr(loop, "loss_sum", original)
     assert train("run", "--max-steps", 6, "--save-steps", 2).code == 0
 
 
@@ -244,7 +246,7 @@ def test_out_of_memory_says_what_to_lower(train: Callable[..., Ran], monkeypatch
     def full(*_: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr(training, "loss_sum", full)
+    monkeypatch.setattr(loop, "loss_sum", full)
     ran = train("run", "--max-steps", 2)
     assert ran.code == 9
     assert "Tried to allocate 2.00 GiB" in ran.err
@@ -281,15 +283,15 @@ def test_overwrite_keeps_the_old_run_until_the_new_one_is_whole(
 ) -> None:
     train("run", "--max-steps", 2)
     old = adapter_bytes(tmp_path / "run")
-    original = training._Run._finish
+    original = loop.Run._finish
 
     def dies(run: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(training._Run, "_finish", dies)
+    monkeypatch.setattr(loop.Run, "_finish", dies)
     assert train("run", "--max-steps", 3, "--overwrite").code == 130
     assert adapter_bytes(tmp_path / "run") == old
-    monkeypatch.setattr(training._Run, "_finish", original)
+    monkeypatch.setattr(loop.Run, "_finish", original)
     ran = train("run", "--max-steps", 3, "--overwrite")
     assert ran.json["resumed_from"] == 3
     assert ran.json["path"] == str(tmp_path / "run")
@@ -301,13 +303,13 @@ def test_what_a_killed_run_left_goes_with_the_next_one(
     train: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed between saving a checkpoint and removing an older one, or while removing it: before and after the end."""
-    command = ("run", "--max-steps", 4, "--save-steps", 2, "--save-total-limit", 1)
+    command = ("run", "--max-steps", 4, "--save-steps", 2, "--keep-checkpoints", 1)
 
-    def dies(run: Any) -> None:
-        if run.state.step == 4:
+    def dies(checkpoints: Any, best_step: int) -> None:
+        if checkpoints.last_saved() == 4:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(training._Run, "_remove_oldest_checkpoints", dies)
+    monkeypatch.setattr(Checkpoints, "remove_oldest", dies)
     assert train(*command).code == 130
     assert len(os.listdir(tmp_path / "run" / "checkpoints")) == 2
     monkeypatch.undo()
@@ -333,7 +335,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_kept(
     train: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train("whole", "--max-steps", 6, "--save-steps", 2)
-    monkeypatch.setattr(training._Run, "_finish", lambda run: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(loop.Run, "_finish", lambda run: (_ for _ in ()).throw(KeyboardInterrupt))
     train("run", "--max-steps", 6, "--save-steps", 2)
     monkeypatch.undo()
     newest = tmp_path / "run" / "checkpoints" / "step-00000006" / "optimizer.safetensors"
@@ -427,7 +429,7 @@ def test_over_a_quantized_base_the_loss_falls_and_a_stopped_run_goes_on_exactly(
     command = ("--quantize", quantize, "--max-steps", 12, "--save-steps", 5)
     ran = train("whole", *command)
     assert ran.json["last_loss"] < 0.95 * ran.json["first_loss"]
-    monkeypatch.setattr(training._Run, "_finish", lambda run: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(loop.Run, "_finish", lambda run: (_ for _ in ()).throw(KeyboardInterrupt))
     shutil.copytree(tmp_path / "whole" / "checkpoints", tmp_path / "kept")
     assert train("stopped", *command).code == 130
     monkeypatch.undo()
@@ -550,7 +552,7 @@ def test_a_plan_for_another_model_or_other_devices_is_refused(
 def test_a_run_that_will_exceed_the_memory_says_so_before_it_starts(
     train: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "free_ram_bytes", lambda: 2**20)
+    monkeypatch.setattr(loop, "free_ram_bytes", lambda: 2**20)
     ran = train("run", "--max-steps", 1)
     assert ran.code == 0
     assert re.search(r"planned \d\.\d GiB on cpu, found 0\.0 free: this run will likely run out of memory", ran.err)

@@ -1,0 +1,191 @@
+"""Blocks + base → adapter: one loop, readable top to bottom, that can be stopped anywhere and goes on exactly.
+
+Nothing is replayed on resume because nothing is carried along: which blocks a step sees is a function of (seed, epoch,
+global index), every micro-step reseeds from (seed, step, micro-step), and the learning rate is a function of the step.
+A checkpoint holds the adapter, the optimizer's states and a few counters; a run that was killed and resumed gives the
+bytes of one that wasn't (on the CPU), on another number of processes the same samples in the same order.
+
+A run folder, while the run goes on:    checkpoints/step-00000012/ (artifacts), metrics.jsonl, samples.jsonl
+and at its end, beside them:            the adapter as PEFT writes it, tokenizer, model card, lorakit.yaml, lorakit.json
+
+loop         one step after the other, evaluations and checkpoints between them
+schedule     which blocks each step sees
+optimizers   optimizers, their states, learning rates
+checkpoints  what is on disk before the end
+"""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lorakit.core import artifacts, disk
+from lorakit.core.adapters import WEIGHTS
+from lorakit.core.artifacts import Artifact
+from lorakit.core.blocks import Blocks
+from lorakit.core.config import TrainConfig
+from lorakit.core.environment import let_gpu_memory_grow, make_cublas_deterministic, worker
+from lorakit.core.errors import Mismatch
+from lorakit.core.events import Report
+from lorakit.core.hub import model_folder
+from lorakit.core.model import pick_device
+from lorakit.core.parallel import World, joined
+from lorakit.core.training.checkpoints import CHECKPOINTS, Checkpoints
+from lorakit.core.training.loop import UNFINISHED, Run, ShouldStop, schedule_of
+from lorakit.core.weights import open_weights
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The result of `train`. `peak_bytes` is the fullest GPU's peak, or the process's on the CPU; `planned_bytes` what
+    tensors were planned to take, None where a model can't be planned; `best_step` and `eval_loss` are those of the
+    lowest held-out loss, None without evaluations; the adapter is that of `adapter_step`."""
+
+    path: Path
+    steps: int
+    first_loss: float
+    last_loss: float
+    tokens_per_second: float
+    peak_bytes: int
+    seconds: float
+    resumed_from: int
+    attention: str
+    engine: str
+    already_done: bool
+    planned_bytes: int | None = None
+    best_step: int | None = None
+    eval_loss: float | None = None
+    adapter_step: int | None = None
+
+
+def train(
+    config: TrainConfig, target: Path, folders: Sequence[Path], report: Report, should_stop: ShouldStop
+) -> Trained:
+    """Train an adapter on the blocks in `folders` into the run folder `target`, alone or as one of many processes.
+
+    Goes on where an earlier run of the same work stopped.
+
+    Raises UsageError, InputRefused, Mismatch (other data, base or settings than this folder's), ArtifactDamaged, Busy,
+    DiskFailed, NonFinite, OutOfMemory, RankFailed, EnvironmentUnusable, HubFailed, and Stopped after a signal, with the
+    last step saved.
+    """
+    let_gpu_memory_grow()
+    with (
+        joined(worker(), config.devices.parallel, pick_device()) as world,
+        ExitStack() as locks,
+        _kernels(deterministic=config.batch.deterministic),
+    ):
+        config = config.settled(num_processes=max(1, world.size // config.devices.num_machines))
+        with world.together():
+            blocks = Blocks(folders)
+            parents = {"blocks": blocks.fingerprint, **_parents(config, world)}
+        place = None
+        with world.together():
+            if world.is_first:
+                place = _claim(config, target, blocks, parents, report, locks)
+        if world.share(place.done is not None if place else None):
+            facts = dict(place.done.facts) if place and place.done else {}
+            already = bool(place and place.folder == target)
+        else:
+            folder, newest = world.share(place.shared if place else None)
+            with world.together():
+                checkpoint = artifacts.open_artifact(Path(newest), "checkpoint") if newest else None
+                weights = open_weights(model_folder(config.model.model))
+                run = Run(config, Path(folder), blocks, weights, parents, checkpoint, world, report)
+            facts, already = run.go(should_stop), False
+        if place and place.folder != target:
+            artifacts.replace(place.folder, target)
+    return Trained(path=target, already_done=already, **facts)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a run goes on: the folder, its newest checkpoint, or the artifact that it has become already."""
+
+    folder: Path
+    checkpoint: Artifact | None = None
+    done: Artifact | None = None
+
+    @property
+    def shared(self) -> tuple[str, str | None]:
+        """What all processes have to know."""
+        return str(self.folder), str(self.checkpoint.path) if self.checkpoint else None
+
+
+def _claim(
+    config: TrainConfig,
+    target: Path,
+    blocks: Blocks,
+    parents: Mapping[str, str],
+    report: Report,
+    locks: ExitStack,
+) -> _Place:
+    """Lock the target and find out how far this very work has come there; with --overwrite beside it, where other work
+    is: the earlier run stays as it is until the new one is whole."""
+    overwrite = config.output.overwrite
+    beside = target.resolve().with_name(f"{target.resolve().name}.new")
+    for folder in (target, beside) if overwrite else (target,):
+        locks.enter_context(artifacts.lock(folder))
+        artifacts.sweep(folder / CHECKPOINTS)
+    may_differ = ("epochs", "max_steps") if config.batch.extend else ()
+
+    def found_in(folder: Path, *, replaceable: bool) -> _Place | None:
+        done = artifacts.claim(
+            folder, "adapter", config, parents, overwrite=replaceable, unfinished=UNFINISHED, may_differ=may_differ
+        )
+        if done is not None and done.facts["steps"] < schedule_of(config, blocks).steps and may_differ:
+            artifacts.reopen(folder, UNFINISHED)
+            done = None
+        if done is not None:
+            return _Place(folder, done=done)
+        if artifacts.is_artifact(folder):
+            return None
+        return _Place(folder, Checkpoints(folder, config, parents, report).newest(may_differ))
+
+    try:
+        if (place := found_in(target, replaceable=overwrite)) is not None:
+            return place
+    except Mismatch:
+        if not overwrite:
+            raise
+    if os.path.ismount(target.resolve()):
+        raise Mismatch(
+            f"{target}: found another run on a mount point, which can't be renamed; need a new or empty folder",
+            f"choose another --output, such as {target / 'new'}",
+        )
+    try:
+        return found_in(beside, replaceable=False) or _Place(beside)
+    except Mismatch:  # left by another run with --overwrite
+        artifacts.remove(beside)
+        return _Place(beside)
+
+
+def _parents(config: TrainConfig, world: World) -> dict[str, str]:
+    """The fingerprints of the base and of the adapter to begin with; hashed by the first process, and by the others
+    found in its cache."""
+    found: dict[str, str] = {}
+    for turn in (True, False):
+        with world.together():
+            if world.is_first is turn:
+                found["base"] = open_weights(model_folder(config.model.model)).fingerprint
+                if config.lora_kind.adapter is not None:
+                    found["adapter"] = disk.sha256(model_folder(config.lora_kind.adapter) / WEIGHTS)
+    return found
+
+
+@contextmanager
+def _kernels(*, deterministic: bool) -> Iterator[None]:
+    """Only kernels that give the same bytes each time, where that is asked for."""
+    if not deterministic:
+        yield
+        return
+    make_cublas_deterministic()
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)

@@ -1,0 +1,108 @@
+"""What a run leaves on its way: checkpoints that hold the adapter, the optimizer's states and a few counters."""
+
+import json
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from torch import Tensor
+
+from lorakit.core import adapters, artifacts
+from lorakit.core.artifacts import Artifact
+from lorakit.core.config import TrainConfig
+from lorakit.core.errors import ArtifactDamaged
+from lorakit.core.events import Notice, Report
+
+CHECKPOINTS = "checkpoints"
+OPTIMIZER = "optimizer.safetensors"
+STATE = "state.json"
+
+_FIRST_LOSS_SCALE = 2.0**16
+
+
+@dataclass
+class State:
+    """What a checkpoint carries besides tensors."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    first_loss: float = math.nan
+    last_loss: float = math.nan
+    loss_scale: float = _FIRST_LOSS_SCALE
+    loss_scale_age: int = 0
+    attention: str = ""
+    """The implementation that the first step was computed with: the others are too."""
+    best_step: int = 0
+    best_loss: float = math.inf
+    evaluations_without_better: int = 0
+    stopped_early: bool = False
+    learning_rate: dict[str, Any] = field(default_factory=dict)
+    """What the schedule remembers of evaluations."""
+
+
+class Checkpoints:
+    """The checkpoints of one run folder; the caller holds its lock."""
+
+    def __init__(self, folder: Path, config: TrainConfig, parents: Mapping[str, str], report: Report) -> None:
+        self._folder, self._config, self._parents, self._report = folder / CHECKPOINTS, config, parents, report
+
+    def newest(self, may_differ: Collection[str]) -> Artifact | None:
+        """The newest whole checkpoint, of this very work. A damaged one is passed over, kept, and said."""
+        damaged: ArtifactDamaged | None = None
+        for folder in self._all()[::-1]:
+            try:
+                checkpoint = artifacts.open_artifact(folder, "checkpoint")
+            except ArtifactDamaged as error:
+                damaged = error
+                aside = artifacts.set_aside(folder)
+                self._report(Notice(f"passed over a damaged checkpoint, kept as {aside.name}: {error.message}"))
+                continue
+            hint = "choose another --output, or add --overwrite; --extend alone goes on with more steps"
+            artifacts.refuse_other_work(checkpoint, self._config, self._parents, hint, may_differ)
+            return checkpoint
+        if damaged is not None:
+            raise ArtifactDamaged(damaged.message, "no checkpoint is whole; the same command again begins anew")
+        return None
+
+    def last_saved(self) -> int:
+        """The step of the newest checkpoint, 0 where there is none."""
+        return max((int(path.name[5:]) for path in self._all()), default=0)
+
+    def save(self, adapter: Mapping[str, bytes], states: Mapping[str, Tensor], state: State) -> None:
+        """Commit a checkpoint of this step, if there is none yet."""
+        folder = self._at(state.step)
+        if not folder.exists():
+            content = json.dumps(vars(state)).encode()
+            files = {**adapter, OPTIMIZER: safetensors.torch.save(dict(states)), STATE: content}
+            artifacts.commit(
+                folder, "checkpoint", files.items(), config=self._config, parents=self._parents, facts=vars(state)
+            )
+
+    def remove_oldest(self, best_step: int) -> None:
+        """Remove all but the newest, and the best."""
+        kept = self._all()
+        for old in kept[: -self._config.saving.keep_checkpoints]:
+            if old != self._at(best_step):
+                artifacts.remove(old)
+
+    def adapter_of(self, step: int) -> dict[str, Tensor]:
+        """The adapter's tensors in the checkpoint of a step."""
+        checkpoint = artifacts.open_artifact(self._at(step), "checkpoint")
+        return safetensors.torch.load((checkpoint.path / adapters.WEIGHTS).read_bytes())
+
+    def _at(self, step: int) -> Path:
+        return self._folder / f"step-{step:08d}"
+
+    def _all(self) -> list[Path]:
+        return sorted(self._folder.glob("step-????????"))
+
+
+def read(checkpoint: Artifact) -> tuple[dict[str, Tensor], dict[str, Tensor], State]:
+    """The adapter's tensors, the optimizer's states and the counters of a checkpoint."""
+    weights = safetensors.torch.load((checkpoint.path / adapters.WEIGHTS).read_bytes())
+    states = safetensors.torch.load((checkpoint.path / OPTIMIZER).read_bytes())
+    return weights, states, State(**json.loads((checkpoint.path / STATE).read_bytes()))

@@ -1,0 +1,644 @@
+"""The loop itself: one step after the other, with evaluations and checkpoints between them, in one process or many."""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import safetensors.torch
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from lorakit import __version__
+from lorakit.core import adapters, artifacts, disk
+from lorakit.core.artifacts import Artifact
+from lorakit.core.attention import apply
+from lorakit.core.blocks import VALIDATION, Batch, Blocks
+from lorakit.core.config import SamplingSection, TrainConfig, differences, option_name
+from lorakit.core.environment import free_ram_bytes
+from lorakit.core.errors import (
+    InputRefused,
+    LorakitError,
+    Mismatch,
+    NonFinite,
+    OutOfMemory,
+    RankFailed,
+    Stopped,
+    UsageError,
+    first_line,
+    is_out_of_memory,
+)
+from lorakit.core.evaluation import loss_sum, mean_loss
+from lorakit.core.events import Notice, Progress, Report
+from lorakit.core.generation import answer
+from lorakit.core.memory import CONTEXT_BYTES, Workload, attention_kind
+from lorakit.core.model import (
+    Opened,
+    add_lora,
+    autocast,
+    compile_layers,
+    continue_lora,
+    dtype_name,
+    grow,
+    load_base,
+    make_ready,
+    pick_dtype,
+    require_device,
+    require_vocabulary,
+    shape_for,
+    trained_names,
+    trained_parameters,
+)
+from lorakit.core.parallel import World, clip_gradients, put, whole
+from lorakit.core.placement import Budgets, Plan, largest_batch, plan_run, with_attention
+from lorakit.core.tokenization import load_tokenizer, spec_of, tokenizer_files
+from lorakit.core.training.checkpoints import CHECKPOINTS, Checkpoints, State, read
+from lorakit.core.training.optimizers import LearningRate, load_states, make_optimizer, pages_nothing, states_of
+from lorakit.core.training.schedule import Schedule, seed_of
+from lorakit.core.weights import Weights
+
+METRICS = "metrics.jsonl"
+SAMPLES = "samples.jsonl"
+UNFINISHED = (CHECKPOINTS, METRICS, SAMPLES)
+"""What a run leaves in its folder before it is done."""
+
+ShouldStop = Callable[[], str | None]
+"""Asked after every step: "terminate" or "interrupt" once such a signal has come, else None."""
+
+_SMALLEST_LOSS_SCALE = 2.0**-10
+_SAMPLE_TOKENS = 128
+
+
+class Run:
+    """One run folder and all that its loop needs."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        folder: Path,
+        blocks: Blocks,
+        weights: Weights,
+        parents: Mapping[str, str],
+        checkpoint: Artifact | None,
+        world: World,
+        report: Report,
+    ) -> None:
+        self.config, self.folder, self.blocks, self.parents = config, folder, blocks, parents
+        self.world, self.report, self.device = world, report, world.device
+        self.held_out = Blocks([artifact.path for artifact in blocks.artifacts], VALIDATION)
+        self.prompts = _read_prompts(config.evaluation.sample_prompts)
+        self._require_usable()
+        self.schedule = schedule_of(config, blocks)
+        self.state = State(attention=str(checkpoint.facts["attention"]) if checkpoint is not None else "")
+        self.checkpoints = Checkpoints(folder, config, parents, report)
+        dtype = pick_dtype(config.model.dtype, self.device)
+        require_device(dtype, self.device, report)
+        self.tokenizer = load_tokenizer(weights.folder, config.tokens.add_tokens)
+        if spec_of(self.tokenizer).fingerprint != blocks.tokenizer:
+            raise Mismatch(
+                f"{blocks.path}: found blocks of another tokenizer, chat template or added tokens, "
+                f"need those of {config.model.model}",
+                f"`lorakit prepare … --tokenizer {config.model.model}`, with the same --add-tokens",
+            )
+        self.batch_size, self.plan = self._plan(weights, dtype)
+        self.model = self._make_model(weights, dtype)
+        require_vocabulary(self.model, blocks.largest_id(), blocks.path)
+        if blocks.template is not None:
+            self.tokenizer.chat_template = blocks.template  # whoever talks with the adapter asks as it was trained
+        make_ready(self.model, dtype, checkpointing=config.batch.gradient_checkpointing)
+        self.names = trained_names(self.model)
+        if world.parallel == "fsdp":
+            world.shard(self.model)
+        if config.batch.torch_compile:
+            compile_layers(self.model)
+        self.parameters = trained_parameters(self.model, self.names)
+        self.scaled, self.autocast = dtype is torch.float16, autocast(self.device, dtype)
+        self.optimizer = make_optimizer(config, self.parameters)
+        if pages_nothing(config, self.parameters):
+            report(Notice("--optimizer: found no matrix of 100,000 numbers or more, so nothing will be paged"))
+        self.learning_rate = LearningRate(config, self.schedule.steps)
+        adapter_bytes = sum(parameter.numel() * 4 for parameter in self.parameters.values())
+        disk.require_free_bytes(folder, 3 * adapter_bytes * (config.saving.keep_checkpoints + 2))
+        if checkpoint is not None:
+            self._load(checkpoint)
+        self.resumed_from = self.state.step
+        self._files: dict[str, disk.AppendedFile] = {}
+        self._saved_at = time.monotonic()
+
+    # What it begins with
+
+    def _require_usable(self) -> None:
+        """Raises UsageError with all settings that can't be followed here, before anything is loaded."""
+        config, problems = self.config, []
+        kind = config.optimizer_kind.optimizer
+        if kind.startswith("paged") and self.device.type != "cuda":
+            problems.append(f"optimizer: found {kind} without a GPU, need {kind.removeprefix('paged_')}")
+        if self.world.parallel == "fsdp" and kind not in ("adamw", "sgd"):
+            problems.append(
+                f"optimizer: found {kind} with --parallel fsdp, need adamw or sgd: others don't know shards"
+            )
+        if config.evaluation.eval_steps is not None and not len(self.held_out):
+            problems.append(
+                f"eval_steps: found no held-out blocks in {self.blocks.path}, need some: "
+                "`lorakit prepare --validation-split 0.05`, or leave out --eval-steps"
+            )
+        if len(self.blocks) < self.world.size:
+            problems.append(f"found {self.world.size} processes for {len(self.blocks)} blocks, need at most as many")
+        if problems:
+            raise UsageError("\n".join(problems), "change these settings, or the machine")
+
+    def _plan(self, weights: Weights, dtype: torch.dtype) -> tuple[int, Plan | None]:
+        """The blocks of a micro-step, and what the run is going to take; None where that can't be planned."""
+        config, path = self.config, self.config.devices.plan
+        asked, each = config.batch.batch_size, self.schedule.blocks_per_step // self.world.size
+        kind = config.lora_kind
+        uncounted = {
+            "use_dora": kind.use_dora,
+            "modules_to_save": kind.modules_to_save,
+            "adapter": kind.adapter,
+            "add_tokens": config.tokens.add_tokens,
+        }
+        try:
+            for name in (name for name, value in uncounted.items() if value):
+                raise InputRefused(f"found {option_name(name)}, whose memory isn't planned", "leave it out")
+            shape = shape_for(config.model.model, weights.config)
+        except InputRefused as error:
+            if path is not None or asked == "auto" or config.devices.parallel == "split":
+                raise
+            self.report(Notice(f"memory isn't planned: {error.message}"))
+            return int(asked), None
+        on_gpu = self.device.type == "cuda"
+        work = Workload.of(
+            config,
+            dtype_name(dtype),
+            self.blocks.size,
+            1 if asked == "auto" else asked,
+            accumulates=asked == "auto" or each > asked,
+            on_gpu=on_gpu,
+        )
+        parallel: Literal["ddp", "fsdp", "split"] = self.world.parallel or "split"
+        budgets = self._budgets(on_gpu, everything=path is not None or config.devices.parallel == "split")
+        batch_size = largest_batch(shape, work, budgets, parallel, each) if asked == "auto" else asked
+        if asked == "auto":
+            self.report(Notice(f"batch size: {batch_size} of {each} blocks at once"))
+            work = Workload.of(
+                config, work.dtype, work.block_size, batch_size, accumulates=each > batch_size, on_gpu=on_gpu
+            )
+        return batch_size, plan_run(shape, work, budgets, path, parallel)
+
+    def _budgets(self, on_gpu: bool, *, everything: bool) -> Budgets:
+        """What is free on each device that the run may use; in a parallel run as much on the others as here."""
+        if not on_gpu:
+            return {"cpu": free_ram_bytes() // self.world.size}
+        if self.world.size > 1:
+            free = torch.cuda.mem_get_info(self.device)[0] + CONTEXT_BYTES
+            return dict.fromkeys(range(self.world.size), free)
+        # what is asked has its context by then, which the plan counts
+        asked = range(torch.cuda.device_count()) if everything else (torch.cuda.current_device(),)
+        return {number: torch.cuda.mem_get_info(number)[0] + CONTEXT_BYTES for number in asked}
+
+    def _make_model(self, weights: Weights, dtype: torch.dtype) -> PeftModel:
+        """The base with its attention, and LoRA on it."""
+        config, world = self.config, self.world
+        split = self.plan is not None and (config.devices.plan is not None or config.devices.parallel == "split")
+        base = load_base(
+            weights,
+            dtype,
+            torch.device("cpu") if world.parallel == "fsdp" else self.device,
+            config.model.quantize,
+            self.plan.device_map if self.plan is not None and split else None,
+            double_quantization=config.model.double_quantization,
+            int8_threshold=config.model.int8_threshold,
+        )
+        self.state.attention = _attention(base, config, self.state.attention, self.report)
+        self.report(Notice(f"attention: {self.state.attention}"))
+        if self.plan is not None:
+            on_gpu = self.device.type == "cuda"
+            self.plan = with_attention(self.plan, attention_kind(self.state.attention, on_gpu=on_gpu))
+            _say_what_wont_fit(self.plan, self.report)
+        new_tokens = self.tokenizer.convert_tokens_to_ids(list(config.tokens.add_tokens))
+        grow(base, max((token + 1 for token in new_tokens), default=0))
+        if config.lora_kind.adapter is not None:
+            adapter = adapters.open_adapter(Path(config.lora_kind.adapter), self.report)
+            _refuse_other_lora(adapter, config)
+            grow(base, adapter.vocabulary)
+            return continue_lora(base, adapter, config.model.model)
+        return add_lora(base, config.lora, config.batch.seed, config.model.model, config.lora_kind, new_tokens)
+
+    def _load(self, checkpoint: Artifact) -> None:
+        tensors, states, self.state = read(checkpoint)
+        if self.config.batch.extend:
+            self.state.stopped_early, self.state.evaluations_without_better = False, 0
+        load_states(self.optimizer, self.parameters, states)
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                put(tensors[name], parameter)
+        self.learning_rate.remember(self.state.learning_rate)
+        self.report(Notice(f"goes on after step {self.state.step} of {self.schedule.steps}"))
+
+    # The loop
+
+    @property
+    def is_done(self) -> bool:
+        return self.state.step >= self.schedule.steps or self.state.stopped_early
+
+    def go(self, should_stop: ShouldStop) -> dict[str, Any]:
+        """Train to the end and put the adapter into the run folder; returns the facts of the run."""
+        if self.world.is_first:
+            disk.make_folder(self.folder / CHECKPOINTS)
+            self.checkpoints.remove_oldest(self.state.best_step)  # which a killed run may not have come to
+            for name in (METRICS, SAMPLES):
+                cut_back(self.folder / name, self.state.step)
+            names = (METRICS, SAMPLES) if self.prompts else (METRICS,)
+            self._files = {name: disk.AppendedFile(self.folder / name) for name in names}
+        try:
+            if self.state.step == 0 and self.config.evaluation.eval_steps is not None:
+                self._evaluate()
+            while not self.is_done:
+                self._one_step(should_stop)
+        except (MemoryError, RuntimeError) as error:
+            raise self._understood(error) from None
+        finally:
+            for file in self._files.values():
+                file.close()
+        return self._finish()
+
+    def _one_step(self, should_stop: ShouldStop) -> None:
+        """A step, and what is due after it: a line of metrics, an evaluation, a checkpoint, a stop."""
+        config, state = self.config, self.state
+        line = self._step()
+        step, last = state.step, state.step == self.schedule.steps
+        if step % config.saving.logging_steps == 0 or last:
+            self._append(METRICS, line)
+        self.report(Progress("training", step, self.schedule.steps, "steps", _live(line)))
+        every = config.evaluation.eval_steps
+        better = self._evaluate() if every is not None and (step % every == 0 or last) else False
+        waited = (time.monotonic() - self._saved_at) / 60
+        told = self.world.gather({"stop": None if self.is_done else should_stop(), "waited": waited})
+        stop = next((one["stop"] for one in told if one["stop"]), None)
+        late = config.saving.save_minutes is not None and told[0]["waited"] >= config.saving.save_minutes
+        if step % config.saving.save_steps == 0 or self.is_done or stop or better or late:
+            self._save()
+        if stop:
+            error = Stopped(
+                f"{self.folder}: stopped after step {step} of {self.schedule.steps}, which is saved",
+                "run the same command again: it goes on from there",
+                interrupted=stop == "interrupt",
+            )
+            raise _shared(error)
+
+    def _step(self) -> dict[str, Any]:
+        """One optimizer step; returns its line of metrics. Raises NonFinite before anything is changed by it."""
+        started = time.monotonic()
+        state, size, world = self.state, self.batch_size, self.world
+        indices = self.schedule.blocks_of_step(state.step)
+        batches = [self.blocks.batch(indices[at : at + size]) for at in range(0, len(indices), size)]
+        trained_tokens = max(sum(batch.trained_tokens for batch in batches), 1)
+        while True:
+            self.optimizer.zero_grad(set_to_none=True)
+            scale = state.loss_scale if self.scaled else 1.0
+            total = sum(world.gather(self._backward(batches, scale / trained_tokens, trained_tokens)))
+            world.sum_gradients(self.parameters.values())
+            if self.scaled:
+                for parameter in self.parameters.values():
+                    if parameter.grad is not None:
+                        parameter.grad.mul_(1 / scale)
+            norm = clip_gradients(self.parameters.values(), self.config.optimizer.max_grad_norm)
+            if math.isfinite(total) and math.isfinite(norm):
+                break
+            if not (self.scaled and math.isfinite(total) and scale > _SMALLEST_LOSS_SCALE):
+                error = NonFinite(
+                    f"step {state.step + 1}: found loss {total} and gradient norm {norm}, need numbers "
+                    f"(blocks {', '.join(map(str, indices[:8]))}{' …' if len(indices) > 8 else ''})",
+                    "lower --learning-rate, or try --dtype fp32; "
+                    f"nothing after step {self.checkpoints.last_saved()} was kept",
+                )
+                raise _shared(error)
+            state.loss_scale, state.loss_scale_age = scale / 2, 0  # fp16 overflowed: the same step with a smaller scale
+        rate = self.learning_rate.at(state.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        state.loss_scale_age += 1
+        if state.loss_scale_age == 2000:  # the growth interval of torch.amp.GradScaler
+            state.loss_scale, state.loss_scale_age = state.loss_scale * 2, 0
+        seconds = time.monotonic() - started
+        tokens = len(indices) * self.blocks.size
+        state.step += 1
+        state.tokens += tokens
+        state.seconds += seconds
+        state.first_loss = total if state.step == 1 else state.first_loss
+        state.last_loss = total
+        return {
+            "step": state.step,
+            "epoch": round(self.schedule.epoch_after(state.step), 6),
+            "loss": total,
+            "learning_rate": rate,
+            "grad_norm": norm,
+            "tokens_per_second": tokens / seconds,
+            "peak_bytes": peak_bytes(self.device),
+        }
+
+    def _backward(self, batches: Sequence[Batch], factor: float, trained_tokens: int) -> float:
+        """This process's share of the micro-steps, forward and backward; returns its part of the step's loss.
+
+        Each micro-step is seeded by its place in the step, so that dropout doesn't depend on who computes it. Shards
+        are fetched by all processes together: one that has no batch left computes another's for nothing.
+        """
+        world, total = self.world, 0.0
+        for turn in range(0, len(batches), world.size):
+            mine = turn + world.rank
+            if mine >= len(batches) and world.parallel != "fsdp":
+                continue
+            batch, share = (batches[mine], factor) if mine < len(batches) else (batches[turn], 0.0)
+            torch.manual_seed(seed_of(self.config.batch.seed, self.state.step, mine))
+            with self.autocast:
+                loss = loss_sum(self.model, batch)
+            total += loss.item() / trained_tokens if share else 0.0
+            (loss * (share * world.mean_over)).backward()
+        return total
+
+    def _understood(self, error: Exception) -> Exception:
+        """What a failure in the loop means."""
+        if is_out_of_memory(error):
+            return OutOfMemory(
+                f"step {self.state.step + 1}: found {first_line(error)}, need more memory",
+                "lower --batch-size (--effective-batch-size keeps what is learned) or --block-size, or keep "
+                "--gradient-checkpointing on; the same command goes on from the last checkpoint",
+            )
+        if self.world.size > 1 and isinstance(error, RuntimeError):
+            return RankFailed(
+                f"rank {self.world.rank}, step {self.state.step + 1}: found {first_line(error)}, need all processes",
+                "look for the first error above; the same command goes on from the last checkpoint",
+            )
+        return error
+
+    # Evaluation
+
+    def _evaluate(self) -> bool:
+        """The loss over the held-out blocks, and answers to the prompts; returns whether it is the best so far."""
+        state = self.state
+        self.model.eval()
+        try:
+            with self.autocast:
+                loss, tokens = mean_loss(
+                    self.model, self.held_out, self.batch_size, self.report, "evaluating", self.world
+                )
+            answers = self._answers()
+        finally:
+            self.model.train()
+        if not math.isfinite(loss):
+            error = NonFinite(
+                f"step {state.step}: found a held-out loss of {loss}, need a number",
+                "lower --learning-rate, or try --dtype fp32; "
+                f"nothing after step {self.checkpoints.last_saved()} was kept",
+            )
+            raise _shared(error)
+        perplexity = math.exp(min(loss, 700.0))  # e^700 is the largest power that a float holds
+        line = {"step": state.step, "eval_loss": loss, "eval_perplexity": perplexity, "eval_tokens": tokens}
+        self._append(METRICS, line)
+        for one in answers:
+            self._append(SAMPLES, {"step": state.step, **one})
+        self.report(Notice(f"step {state.step}: held-out loss {loss:.4f}"))
+        if state.step == 0:
+            return False
+        self.learning_rate.hear(loss)
+        state.learning_rate = self.learning_rate.memory
+        better = loss < state.best_loss
+        if better:
+            state.best_loss, state.best_step, state.evaluations_without_better = loss, state.step, 0
+        else:
+            state.evaluations_without_better += 1
+        patience = self.config.evaluation.early_stopping_patience
+        state.stopped_early = patience is not None and state.evaluations_without_better >= patience
+        return better
+
+    def _answers(self) -> list[dict[str, str]]:
+        """What the model answers to each prompt, as it is now. Attention by lengths knows no cache: sdpa does it."""
+        if not self.prompts:
+            return []
+        whole_model = self.model.get_base_model()
+        opened = Opened(self.model, self.tokenizer, None)
+        sampling = SamplingSection(max_new_tokens=_SAMPLE_TOKENS)
+        used = whole_model.config._attn_implementation
+        whole_model.set_attn_implementation("sdpa")
+        try:
+            with self.autocast:
+                return [
+                    {"prompt": messages[-1]["content"], "answer": answer(opened, messages, sampling, lambda _: None)}
+                    for messages in self.prompts
+                ]
+        finally:
+            whole_model.set_attn_implementation(used)
+
+    # What it leaves
+
+    def _append(self, name: str, line: Mapping[str, Any]) -> None:
+        if self.world.is_first:
+            self._files[name].append(json.dumps(line))
+
+    def _save(self) -> None:
+        """Commit a checkpoint: gathered by all, written by the first, believed when all heard that it was written."""
+        adapter = self._adapter_files(self._tensors())
+        states = states_of(self.optimizer, self.parameters)
+        with self.world.together():
+            if self.world.is_first:
+                for file in self._files.values():
+                    file.sync()
+                self.checkpoints.save(adapter, states, self.state)
+                self.checkpoints.remove_oldest(self.state.best_step)
+        self._saved_at = time.monotonic()
+
+    def _finish(self) -> dict[str, Any]:
+        """Put the adapter beside the checkpoints: the run folder becomes an artifact."""
+        state = self.state
+        best = self.config.evaluation.load_best_model_at_end and state.best_step
+        tensors = self.checkpoints.adapter_of(state.best_step) if best else self._tensors()
+        facts: dict[str, Any] = {
+            "steps": state.step,
+            "first_loss": state.first_loss,
+            "last_loss": state.last_loss,
+            "tokens_per_second": state.tokens / max(state.seconds, 1e-9),
+            "peak_bytes": max(self.world.gather(peak_bytes(self.device))),
+            "planned_bytes": self.plan.allocated_bytes if self.plan is not None else None,
+            "seconds": state.seconds,
+            "resumed_from": self.resumed_from,
+            "attention": state.attention,
+            "engine": "standard",
+            "best_step": state.best_step or None,
+            "eval_loss": state.best_loss if state.best_step else None,
+            "adapter_step": state.best_step if best else state.step,
+        }
+        with self.world.together():
+            if self.world.is_first:
+                files = {
+                    **self._adapter_files(tensors),
+                    **tokenizer_files(self.tokenizer),
+                    "README.md": _model_card(self.config, facts, self.blocks.fingerprint).encode(),
+                }
+                kept = [name for name in (METRICS, SAMPLES) if (self.folder / name).exists()]
+                artifacts.commit(
+                    self.folder,
+                    "adapter",
+                    files.items(),
+                    config=self.config,
+                    parents=self.parents,
+                    facts=facts,
+                    keep=kept,
+                )
+        return facts
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """What is trained, whole and on the CPU."""
+        return {name: whole(parameter) for name, parameter in self.parameters.items()}
+
+    def _adapter_files(self, tensors: Mapping[str, Tensor]) -> dict[str, bytes]:
+        """The adapter as PEFT writes it: what is tied twice."""
+        first = {self.names[name]: name for name in tensors}
+        every = {
+            name: tensors[name] if name in tensors else tensors[first[inner]].clone()
+            for name, inner in self.names.items()
+        }
+        return {
+            adapters.WEIGHTS: safetensors.torch.save(every, metadata={"format": "pt"}),
+            adapters.CONFIG: _adapter_config(self.model),
+        }
+
+
+def schedule_of(config: TrainConfig, blocks: Blocks) -> Schedule:
+    """Which blocks each step of a run takes."""
+    batch, per_step = config.batch, config.blocks_per_step
+    wanted = batch.max_steps * per_step if batch.max_steps else max(1, round(batch.epochs * len(blocks)))
+    return Schedule(len(blocks), per_step, wanted, batch.seed)
+
+
+def _attention(base: Any, config: TrainConfig, begun_with: str, report: Report) -> str:
+    """Give the base its implementation of attention: a run that goes on keeps the one that it began with."""
+    if not begun_with:
+        return apply(base, config.model.attention, report)
+    try:
+        return apply(base, begun_with, report)
+    except InputRefused as error:
+        raise Mismatch(
+            f"{error.message}: the run began with it", "go on where it can run, or begin anew with --overwrite"
+        ) from None
+
+
+def _refuse_other_lora(adapter: adapters.Adapter, config: TrainConfig) -> None:
+    """Raises UsageError where settings beside --adapter say otherwise than the adapter itself."""
+    usual = type(config).resolve((None, {"model": config.model.model, "blocks": config.data.blocks}))
+    given = {**config.lora.model_dump(), **config.lora_kind.model_dump(exclude={"adapter"})}
+    default = {**usual.lora.model_dump(), **usual.lora_kind.model_dump(exclude={"adapter"})}
+    changed = [option_name(line.partition(":")[0]) for line in differences(given, default)]
+    if changed:
+        raise UsageError(
+            f"found {', '.join(changed)} beside --adapter, need them as {adapter.folder} has them", "leave them out"
+        )
+
+
+def _read_prompts(path: Path | None) -> list[list[dict[str, str]]]:
+    """Conversations to be answered: a line each, of text, or JSON with `prompt` or `messages`. Raises InputRefused."""
+    if path is None:
+        return []
+    hint = 'a line each: plain text, {"prompt": "…"} or {"messages": [{"role": "user", "content": "…"}]}'
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [_conversation(json.loads(line) if line.lstrip().startswith("{") else line) for line in lines]
+    except OSError as error:
+        raise InputRefused(f"{path}: found {error.strerror}, need a file of prompts", hint) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputRefused(
+            f"{path}: found a line that is no prompt ({first_line(error)}), need prompts", hint
+        ) from None
+
+
+def _conversation(row: Any) -> list[dict[str, str]]:
+    messages = row["messages"] if isinstance(row, dict) and "messages" in row else None
+    if messages is None:
+        text = row["prompt"] if isinstance(row, dict) else row
+        messages = [{"role": "user", "content": text}]
+    found = [{"role": message["role"], "content": message["content"]} for message in messages]
+    if not found or not all(isinstance(value, str) for message in found for value in message.values()):
+        raise ValueError("no text")
+    return found
+
+
+def _shared(error: LorakitError) -> LorakitError:
+    """An error that every process of a run raises alike, so that one of them speaks."""
+    error.shared = error.heard = True  # type: ignore[attr-defined]
+    return error
+
+
+def _live(line: Mapping[str, Any]) -> str:
+    """A step's line of metrics, short."""
+    return (
+        f"loss {line['loss']:.4f}, epoch {line['epoch']:.2f}, lr {line['learning_rate']:.1e}, "
+        f"{line['tokens_per_second']:,.0f} tokens/s, {line['peak_bytes'] / 2**30:.2f} GiB"
+    )
+
+
+def _say_what_wont_fit(plan: Plan, report: Report) -> None:
+    if not plan.fits:
+        load = max(plan.loads, key=lambda load: load.share)
+        needs = f"planned {load.bytes.total / 2**30:.1f} GiB on {load.name}, found {load.budget_bytes / 2**30:.1f} free"
+        report(Notice(f"{needs}: this run will likely run out of memory; `lorakit plan-devices` helps"))
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory that this process took: on the fullest GPU, or of the process."""
+    if device.type == "cuda":
+        return max(torch.cuda.max_memory_allocated(number) for number in range(torch.cuda.device_count()))
+    import resource
+
+    # kilobytes on Linux, bytes on macOS: getrusage(2) of each
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def cut_back(path: Path, step: int) -> None:
+    """Keep the lines of a JSONL file up to `step`: what came after the checkpoint will be written again."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            if step == 0 or json.loads(line)["step"] > step:  # step 0 is evaluated anew
+                break
+        except (ValueError, KeyError, TypeError):
+            break
+        kept.append(line if line.endswith(b"\n") else line + b"\n")
+    content = b"".join(kept)
+    if content != path.read_bytes():
+        disk.write_file(path, content)
+
+
+def _adapter_config(model: PeftModel) -> bytes:
+    config = {**model.peft_config["default"].to_dict(), "inference_mode": True}
+    plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+    return (json.dumps(plain, indent=2, sort_keys=True, default=str) + "\n").encode()
+
+
+def _model_card(config: TrainConfig, facts: Mapping[str, Any], data: str) -> str:
+    base = config.model.model
+    base_line = f"base_model: {base}\n" if not Path(base).exists() else ""
+    precision = "full precision" if config.model.quantize == "none" else config.model.quantize
+    held_out = f", held-out loss {facts['eval_loss']:.4f}" if facts["eval_loss"] is not None else ""
+    return f"""---
+library_name: peft
+{base_line}tags: [lora, lorakit]
+---
+# LoRA adapter for {Path(base).name}
+
+Made by lorakit {__version__}: rank {config.lora.rank}, alpha {config.lora.lora_alpha:g}, targets \
+{", ".join(config.lora.target_modules)}, base in {precision}; \
+{facts["steps"]} steps, training loss {facts["first_loss"]:.4f} → {facts["last_loss"]:.4f}{held_out}. \
+Data: blocks {data[:16]}. `lorakit.yaml` holds every setting; `lorakit train --config lorakit.yaml` repeats the run.
+
+```python
+from peft import AutoPeftModelForCausalLM
+model = AutoPeftModelForCausalLM.from_pretrained("this folder")
+```
+"""

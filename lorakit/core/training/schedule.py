@@ -1,0 +1,41 @@
+"""Which blocks each step sees, and what is random in it: functions of counters alone, so that nothing is replayed."""
+
+import hashlib
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which blocks each optimizer step takes, for a whole run. The last step may be short."""
+
+    num_blocks: int
+    blocks_per_step: int
+    total_blocks: int
+    seed: int
+
+    @property
+    def steps(self) -> int:
+        return math.ceil(self.total_blocks / self.blocks_per_step)
+
+    def blocks_of_step(self, step: int) -> list[int]:
+        """The blocks of a step, counted from 0: every epoch is a permutation drawn from (seed, epoch)."""
+        first = step * self.blocks_per_step
+        chosen = range(first, min(first + self.blocks_per_step, self.total_blocks))
+        orders = {epoch: self._order(epoch) for epoch in {index // self.num_blocks for index in chosen}}
+        return [int(orders[index // self.num_blocks][index % self.num_blocks]) for index in chosen]
+
+    def epoch_after(self, step: int) -> float:
+        """Passes over the blocks after so many steps."""
+        return min(step * self.blocks_per_step, self.total_blocks) / self.num_blocks
+
+    def _order(self, epoch: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+        return np.random.Generator(np.random.Philox(key=[self.seed, epoch])).permutation(self.num_blocks)
+
+
+def seed_of(*parts: int) -> int:
+    """A seed for torch from counters: independent draws for neighbouring steps."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") % 2**63
