@@ -397,8 +397,10 @@ def trained_parameters(model: PeftModel, names: Mapping[str, str] | None = None)
     `trained_names`, where the model has been cut into shards since."""
     parameters = dict(model.named_parameters())
     names = trained_names(model) if names is None else names
-    once = {inner: name for name, inner in reversed(names.items())}
-    return {name: parameters[inner] for inner, name in reversed(once.items())}
+    once: dict[str, str] = {}
+    for name, inner in names.items():
+        once.setdefault(inner, name)
+    return {name: parameters[inner] for inner, name in once.items()}
 
 
 def trained_names(model: PeftModel) -> dict[str, str]:
