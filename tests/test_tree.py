@@ -20,7 +20,7 @@ FLOORS = (
     ("errors", "events"),
     ("config", "disk"),
     ("artifacts",),
-    ("templates", "weights", "hub", "environment"),
+    ("templates", "weights", "hub", "environment", "reporting"),
     ("records", "profiling", "shapes"),
     ("readers", "tokenization", "attention.implementations", "memory"),
     ("sources", "packing", "blocks", "adapters", "attention.cases", "attention.miniature", "placement"),
@@ -47,6 +47,7 @@ WITHOUT_TORCH = (
         "placement",
         "preparing",
         "planning",
+        "reporting",
     ),
 )
 

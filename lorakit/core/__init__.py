@@ -25,7 +25,7 @@ Imports go down only:
                             sources, packing, blocks, adapters, attention.cases, attention.miniature, placement
                                 readers, tokenization, attention.implementations, memory
                                     records, profiling, shapes
-                                        templates, weights, hub, environment
+                                        templates, weights, hub, environment, reporting
                                             artifacts
                                                 config, disk
                                                     errors, events
