@@ -21,7 +21,7 @@ FLOORS = (
     ("config", "disk"),
     ("artifacts",),
     ("templates", "weights", "hub", "environment", "reporting"),
-    ("records", "profiling", "shapes"),
+    ("records", "profiling", "shapes", "tracking"),
     ("readers", "tokenization", "attention.implementations", "memory"),
     ("sources", "packing", "blocks", "adapters", "attention.cases", "attention.miniature", "placement"),
     ("preparing", "model", "attention.trials"),
@@ -48,6 +48,7 @@ WITHOUT_TORCH = (
         "preparing",
         "planning",
         "reporting",
+        "tracking",
     ),
 )
 
