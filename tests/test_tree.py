@@ -155,7 +155,7 @@ def test_readmes_map_is_the_tree() -> None:
     block = readme.split("## The map of rooms", 1)[1].split("```")[1]
     shown, folders = set(), []
     for line in block.splitlines():
-        found = re.match(r"( *)([\w./]+)(?:  .+)?$", line)
+        found = re.match(r"( *)([\w./-]+)(?:  .+)?$", line)
         if not found:
             continue
         depth, name = len(found[1]) // 2, found[2]
