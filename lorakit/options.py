@@ -18,6 +18,7 @@ from lorakit.core.config import (
     DemoConfig,
     EvaluateConfig,
     MergeConfig,
+    PackingSection,
     PatchAttentionConfig,
     PlanDevicesConfig,
     PrepareConfig,
@@ -30,6 +31,7 @@ from lorakit.core.errors import UsageError, disk_failed
 
 RUN_PANEL = "This command"
 _NO = "no_"
+_RECIPES = Path(__file__).parent / "data" / "recipes"
 
 CONFIGS: Mapping[str, type[StepConfig]] = {
     "prepare": PrepareConfig,
@@ -50,13 +52,14 @@ def command(name: str, body: Callable[..., None]) -> Callable[..., None]:
 
     def run(config_file: Path | None, json: bool, quiet: bool, **given: Any) -> None:
         console = Console(json=json, quiet=quiet)
-        layers = [(str(config_file), read_settings(config_file))] if config_file is not None else []
         typed = {name: value for name, value in given.items() if value not in (None, False, [])}
         typed |= {name: False for name in settings if typed.pop(_NO + name, False)}
+        layers = [_file_layer(config_file, typed, console)] if config_file is not None else []
         body(config_class.resolve(*layers, (None, typed)), console)
 
     parameters = [parameter for setting in settings.values() for parameter in _parameters(setting)]
     config_help = "Settings file (YAML), or a folder that holds one."
+    config_help += f" Or a recipe: {', '.join(recipes())}." if name == "train" else ""
     config_file = typer.Option("--config", help=config_help, metavar="FILE", rich_help_panel=RUN_PANEL)
     parameters += [
         _keyword("config_file", Path | None, None, config_file),
@@ -110,14 +113,37 @@ def _keyword(name: str, kind: Any, default: Any, info: Any) -> inspect.Parameter
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info])
 
 
+def recipes() -> tuple[str, ...]:
+    """lorakit's own settings files for `train`, by name."""
+    return tuple(sorted(file.stem for file in _RECIPES.glob("*.yaml")))
+
+
+def _is_recipe(path: Path) -> bool:
+    return not path.exists() and str(path) in recipes()
+
+
+def _file_layer(path: Path, typed: Mapping[str, object], console: Console) -> tuple[str, Mapping[str, object]]:
+    """A settings file's name and settings; what a recipe says of making blocks isn't for blocks that are there."""
+    content = read_settings(path)
+    unused = [name for name in content if name in PackingSection.model_fields]
+    if unused and typed.get("blocks") and _is_recipe(path):
+        console.note(f"{path}: {', '.join(unused)} isn't used: --blocks are packed already")
+        content = {name: value for name, value in content.items() if name not in unused}
+    return str(path), content
+
+
 def read_settings(path: Path) -> Mapping[str, object]:
-    """The flat settings in a YAML file, or in the `lorakit.yaml` of a folder. Raises UsageError, DiskFailed."""
-    file = path / SETTINGS if path.is_dir() else path
-    hint = "give a file of `name: value` lines, as every lorakit output holds one: " + SETTINGS
+    """The flat settings in a YAML file, in the `lorakit.yaml` of a folder, or in a recipe where nothing of that name is
+    there. Raises UsageError, DiskFailed."""
+    file = path / SETTINGS if path.is_dir() else _RECIPES / f"{path}.yaml" if _is_recipe(path) else path
+    hint = (
+        f"give a file of `name: value` lines, as every lorakit output holds one ({SETTINGS}), or one of the recipes: "
+    )
+    hint += ", ".join(recipes())
     try:
         content = yaml.load(file.read_text(encoding="utf-8"), Loader=_UniqueKeys)
     except FileNotFoundError:
-        raise UsageError(f"--config {path}: found no such file, need a settings file", hint) from None
+        raise UsageError(f"--config {path}: found no such file and no recipe, need one of them", hint) from None
     except OSError as error:
         raise disk_failed(error, file) from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or a date like 2020-13-45

@@ -20,8 +20,8 @@ FLOORS = (
     ("errors", "events"),
     ("config", "disk"),
     ("artifacts",),
-    ("templates", "weights", "hub", "environment"),
-    ("records", "profiling", "shapes", "parallel"),
+    ("templates", "weights", "hub", "environment", "reporting"),
+    ("records", "profiling", "shapes", "parallel", "tracking"),
     ("readers", "tokenization", "attention.implementations", "memory"),
     ("sources", "packing", "blocks", "adapters", "attention.cases", "attention.miniature", "placement"),
     ("preparing", "model", "attention.trials"),
@@ -47,6 +47,8 @@ WITHOUT_TORCH = (
         "placement",
         "preparing",
         "planning",
+        "reporting",
+        "tracking",
     ),
 )
 
@@ -153,7 +155,7 @@ def test_readmes_map_is_the_tree() -> None:
     block = readme.split("## The map of rooms", 1)[1].split("```")[1]
     shown, folders = set(), []
     for line in block.splitlines():
-        found = re.match(r"( *)([\w./]+)(?:  .+)?$", line)
+        found = re.match(r"( *)([\w./-]+)(?:  .+)?$", line)
         if not found:
             continue
         depth, name = len(found[1]) // 2, found[2]

@@ -24,8 +24,8 @@ Imports go down only:
                         preparing, model, attention.trials
                             sources, packing, blocks, adapters, attention.cases, attention.miniature, placement
                                 readers, tokenization, attention.implementations, memory
-                                    records, profiling, shapes
-                                        templates, weights, hub, environment
+                                    records, profiling, shapes, tracking
+                                        templates, weights, hub, environment, reporting
                                             artifacts
                                                 config, disk
                                                     errors, events

@@ -93,6 +93,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "lorakit"
 
 
+def tracking_project(tracker: str) -> str:
+    """The project that a tracker's runs belong to: `$WANDB_PROJECT`, `$TRACKIO_PROJECT`, else lorakit."""
+    return os.environ.get(f"{tracker.upper()}_PROJECT") or "lorakit"
+
+
 def free_gpu_bytes() -> list[int]:
     """The free memory of each NVIDIA GPU that CUDA_VISIBLE_DEVICES shows, as the driver says; none where there is no
     driver. No torch."""

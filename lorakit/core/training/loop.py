@@ -55,7 +55,9 @@ from lorakit.core.model import (
 )
 from lorakit.core.parallel import World, clip_gradients, put, whole
 from lorakit.core.placement import Budgets, Plan, largest_batch, plan_run, with_attention
+from lorakit.core.reporting import data_summary, read_metrics, report_page
 from lorakit.core.tokenization import load_tokenizer, spec_of, tokenizer_files
+from lorakit.core.tracking import Tracker, open_tracker, require_tracker
 from lorakit.core.training.checkpoints import CHECKPOINTS, Checkpoints, State, read
 from lorakit.core.training.optimizers import LearningRate, load_states, make_optimizer, pages_nothing, states_of
 from lorakit.core.training.schedule import Schedule, seed_of
@@ -63,7 +65,8 @@ from lorakit.core.weights import Weights
 
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
-UNFINISHED = (CHECKPOINTS, METRICS, SAMPLES)
+TRACKING = "tracking"
+UNFINISHED = (CHECKPOINTS, METRICS, SAMPLES, TRACKING)
 """What a run leaves in its folder before it is done."""
 
 ShouldStop = Callable[[], str | None]
@@ -127,6 +130,7 @@ class Run:
             self._load(checkpoint)
         self.resumed_from = self.state.step
         self._files: dict[str, disk.AppendedFile] = {}
+        self._tracker: Tracker | None = None
         self._saved_at = time.monotonic()
 
     # What it begins with
@@ -148,6 +152,8 @@ class Run:
             )
         if len(self.blocks) < self.world.size:
             problems.append(f"found {self.world.size} processes for {len(self.blocks)} blocks, need at most as many")
+        if config.saving.track is not None:
+            require_tracker(config.saving.track)
         if problems:
             raise UsageError("\n".join(problems), "change these settings, or the machine")
 
@@ -255,6 +261,11 @@ class Run:
                 cut_back(self.folder / name, self.state.step)
             names = (METRICS, SAMPLES) if self.prompts else (METRICS,)
             self._files = {name: disk.AppendedFile(self.folder / name) for name in names}
+            if (name := self.config.saving.track) is not None:
+                place, settings = self.folder / TRACKING, self.config.flat()
+                self._tracker = open_tracker(
+                    name, self.folder.name, place, settings, self.report, after_step=self.state.step
+                )
         try:
             if self.state.step == 0 and self.config.evaluation.eval_steps is not None:
                 self._evaluate()
@@ -265,6 +276,8 @@ class Run:
         finally:
             for file in self._files.values():
                 file.close()
+            if self._tracker is not None:
+                self._tracker.finish()
         return self._finish()
 
     def _one_step(self, should_stop: ShouldStop) -> None:
@@ -440,6 +453,8 @@ class Run:
     def _append(self, name: str, line: Mapping[str, Any]) -> None:
         if self.world.is_first:
             self._files[name].append(json.dumps(line))
+            if self._tracker is not None and name == METRICS:
+                self._tracker.log(line, line["step"])
 
     def _save(self) -> None:
         """Commit a checkpoint: gathered by all, written by the first, believed when all heard that it was written."""
@@ -479,6 +494,7 @@ class Run:
                     **self._adapter_files(tensors),
                     **tokenizer_files(self.tokenizer),
                     "README.md": _model_card(self.config, facts, self.blocks.fingerprint).encode(),
+                    "report.html": self._report_page(facts),
                 }
                 kept = [name for name in (METRICS, SAMPLES) if (self.folder / name).exists()]
                 artifacts.commit(
@@ -491,6 +507,14 @@ class Run:
                     keep=kept,
                 )
         return facts
+
+    def _report_page(self, facts: Mapping[str, Any]) -> bytes:
+        metrics, samples = (read_metrics(self.folder / name) for name in (METRICS, SAMPLES))
+        loads = self.plan.loads if self.plan is not None else ()
+        planned = {load.name: load.bytes._asdict() for load in loads} or None
+        return report_page(
+            self.config, facts, metrics, samples, data_summary(self.blocks.artifacts), planned, self.folder
+        )
 
     def _tensors(self) -> dict[str, Tensor]:
         """What is trained, whole and on the CPU."""
