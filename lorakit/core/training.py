@@ -212,8 +212,9 @@ class _Run:
                 f"`lorakit prepare … --tokenizer {config.model.model}`",
             )
         self.plan = self._plan(weights, dtype)
-        device_map = self.plan.device_map if self.plan and config.devices.plan else None
-        base = load_base(weights, dtype, self.device, config.model.quantize, device_map)
+        followed = self.plan if config.devices.plan else None
+        places = (followed.device_map, followed.computed_on) if followed else ()
+        base = load_base(weights, dtype, self.device, config.model.quantize, *places)
         self.state.attention = _attention(base, config, checkpoint, report)
         report(Notice(f"attention: {self.state.attention}"))
         if self.plan:
@@ -258,7 +259,8 @@ class _Run:
         if on_gpu:
             # what is asked has its context by then, which the plan counts
             asked = range(torch.cuda.device_count()) if path is not None else (torch.cuda.current_device(),)
-            free = {number: torch.cuda.mem_get_info(number)[0] + CONTEXT_BYTES for number in asked}
+            gpus: Budgets = {number: torch.cuda.mem_get_info(number)[0] + CONTEXT_BYTES for number in asked}
+            free = {**gpus, **free}  # the CPU's is for layers that a plan offloads
         return plan_run(shape, work, free, path)
 
     def run(self, should_stop: ShouldStop) -> Trained:

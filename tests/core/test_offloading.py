@@ -123,7 +123,10 @@ def test_a_checkpoint_of_the_model_is_that_of_the_plain_one(model: Callable[...,
 
 def test_lora_belongs_where_its_layer_is_computed(model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """And that of other layers stays where it is; a machine with a GPU shows that it trains there."""
+    placed: list[Any] = []
+    monkeypatch.setattr("lorakit.core.model.lora_to_devices", placed.append)
     made = model(2)
+    assert placed == [made]
     names = {parameter.data_ptr(): name for name, parameter in lora_parameters(made).items()}
     moved: list[str] = []
 
