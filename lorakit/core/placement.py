@@ -322,7 +322,10 @@ def _best_parts(memory: StepMemory, budgets: list[int], *, offload: bool = False
     worst = _Cost(math.inf, 0, math.inf)
     best = [_Cost(1, 0, 0.0)] + [worst] * links
     choices: list[list[int]] = []
-    for budget in budgets:
+    for place, budget in enumerate(budgets):
+        if budgets[max(0, place - links) : place].count(budget) == links:  # more equal devices than links: it's empty
+            choices.append(list(range(links + 1)))
+            continue
         options = [
             min((best[start].beside(cost), -start) for start, (cost, _) in enumerate(row)) for row in pieces[budget]
         ]

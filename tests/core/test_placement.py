@@ -79,6 +79,19 @@ def test_no_cut_leaves_the_fullest_device_emptier(seed: int) -> None:
     assert plan.fits is (plan.share <= 1)
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_many_equal_devices_are_used_as_well_as_a_few(seed: int) -> None:
+    """More than the model has pieces, with other ones before and after them."""
+    rng = random.Random(seed)
+    found = uneven(rng, tied=False)
+    while found.num_layers > 3:
+        found = uneven(rng, tied=False)
+    sizes = [rng.randint(700, 1500), *[rng.randint(900, 1000)] * 8, *[rng.randint(700, 1500) for _ in range(2)]]
+    budgets: dict[Device, int] = {place: size * 2**20 for place, size in enumerate(sizes)}
+    plan = make_plan(found, budgets, workload(), "split")
+    assert plan.share == pytest.approx(smallest_share_by_trying_all(found, budgets, workload()), rel=1e-12)
+
+
 @pytest.mark.parametrize("gradient_checkpointing", [True, False])
 def test_no_cut_of_a_real_model_leaves_the_fullest_device_emptier(gradient_checkpointing: bool) -> None:
     work = workload(gradient_checkpointing=gradient_checkpointing)
