@@ -23,7 +23,7 @@ FLOORS = (
     ("templates", "weights", "hub", "environment", "reporting"),
     ("records", "profiling", "shapes", "parallel", "tracking"),
     ("readers", "tokenization", "attention.implementations", "memory"),
-    ("sources", "packing", "blocks", "adapters", "attention.cases", "attention.miniature", "placement"),
+    ("sources", "packing", "blocks", "adapters", "offloading", "attention.cases", "attention.miniature", "placement"),
     ("preparing", "model", "attention.trials"),
     ("attention.proving",),
     ("attention",),

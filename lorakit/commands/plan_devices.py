@@ -31,7 +31,9 @@ def run(config: "PlanDevicesConfig", console: Console) -> None:
             f"Probed: the step on one layer took {planned.probed.factor:.1%} of what is counted; corrected by that."
         )
     fullest = max(plan.loads, key=lambda load: load.share)
-    console.say(f"{'It fits' if plan.fits else 'It does not fit'}: {fullest.name} needs {_gib(fullest)}.")
+    count, layers = len(plan.computed_on), plan.shape.num_layers
+    offloaded = f"{count} of {layers} layers lie in CPU memory. " if count else ""
+    console.say(f"{offloaded}{'It fits' if plan.fits else 'It does not fit'}: {fullest.name} needs {_gib(fullest)}.")
     for change in planned.suggestions:
         console.say(f"With {change.option} it would: {change.change}, {change.plan.peak_bytes / 2**30:.1f} GiB.")
     console.result(planned.as_json())

@@ -22,7 +22,8 @@ Imports go down only:
                 attention
                     attention.proving
                         preparing, model, attention.trials
-                            sources, packing, blocks, adapters, attention.cases, attention.miniature, placement
+                            sources, packing, blocks, adapters, offloading, placement,
+                            attention.cases, attention.miniature
                                 readers, tokenization, attention.implementations, memory
                                     records, profiling, shapes, tracking
                                         templates, weights, hub, environment, reporting

@@ -576,7 +576,12 @@ class DevicesSection(Section):
         metavar="SIZES",
         need="sizes with a unit: 8x24GiB, or 24GiB,48GiB",
     )
-    cpu: Sizes = setting((), "Instead of GPUs: memory for training on the CPU.", metavar="SIZE", need="a size: 64GiB")
+    cpu: Sizes = setting(
+        (),
+        "CPU memory. Beside --gpus: for layers that don't fit on them, which is slow. Alone: for training on the CPU.",
+        metavar="SIZE",
+        need="a size: 64GiB",
+    )
     parallel: Literal["split", "ddp", "fsdp", "auto"] = setting(
         "split",
         "How several GPUs share the work: layers over devices (split), a whole copy on each (ddp), a share of all "
@@ -584,11 +589,9 @@ class DevicesSection(Section):
     )
 
     @model_validator(mode="after")
-    def _one_kind(self) -> Self:
-        if self.cpu and (self.gpus or len(self.cpu) > 1):
-            raise ValueError(
-                "found --gpus beside --cpu, or several sizes for one CPU; need either: nothing is offloaded"
-            )
+    def _one_cpu(self) -> Self:
+        if len(self.cpu) > 1:
+            raise ValueError(f"found {len(self.cpu)} sizes of --cpu, need one: all of the memory")
         return self
 
 

@@ -10,7 +10,7 @@ Symbols, per token: h hidden, i intermediate, q and kv the widths of queries and
 V vocabulary, e bytes of a number of the residual stream; T tokens of a micro-step, P LoRA parameters.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple
@@ -118,13 +118,14 @@ class Workload:
 
 class Part(NamedTuple):
     """What one device holds of a model: decoder layers [first, end), and whether the embedding, the last norm and the
-    head (with the loss) lie there."""
+    head (with the loss) lie there. The weights of the first `offloaded` of its layers lie in CPU memory."""
 
     first: int
     end: int
     embedding: bool
     norm: bool
     head: bool
+    offloaded: int = 0
 
 
 class Bytes(NamedTuple):
@@ -210,23 +211,29 @@ def _rounded(size: int) -> int:
 
 @dataclass(frozen=True)
 class _Layer:
-    """Bytes of one decoder layer. `kept`: what autograd keeps from forward to backward. `moments`: those of its
-    backward pass (with checkpointing after a second forward pass) that can be its fullest, each as the gradients that
-    LoRA has by then, and all else."""
+    """Bytes of one decoder layer. `moved`: those of its weights that lie in CPU memory when it is offloaded. `kept`:
+    what autograd keeps from forward to backward. `moments`: those of its backward pass (with checkpointing after a
+    second forward pass) that can be its fullest, each as the gradients that LoRA has by then, copies of its weights
+    that are there when it is offloaded, and all else."""
 
     weights: int
+    moved: int
     parameters: int
     optimizer: int
     kept: int
-    moments: list[tuple[int, int]]
+    moments: list[tuple[int, int, int]]
 
 
 class StepMemory:
-    """What one training step of a shape takes on a device that holds some part of it."""
+    """What one training step of a shape takes on a device that holds some part of it. `offloads`: some layers of the
+    model are offloaded, wherever."""
 
-    def __init__(self, shape: Shape, work: Workload) -> None:
+    def __init__(self, shape: Shape, work: Workload, *, offloads: bool = False) -> None:
         """Raises InputRefused where a LoRA target matches no layer."""
         self.shape, self.work = shape, work
+        # model.checkpoint_activations
+        quantized_kinds = ("int8", "nf4", "fp4") if offloads else ("int8",)
+        self._reentrant = work.gradient_checkpointing and work.quantize in quantized_kinds
         self._targets: dict[int | None, list[Module]] = {}
         for module in shape.targets(work.target_modules, work.layers_to_transform):
             self._targets.setdefault(module.layer, []).append(module)
@@ -245,11 +252,12 @@ class StepMemory:
         gradients above are there; and the optimizer's step.
         Data-parallel devices hold all gradients and as much again in the buffer by which they are summed; FSDP's hold
         1/shards of the layers' weights and of all states, whole what lies outside of the layers, and two of them, one
-        computed and one fetched ahead (torch's fully_shard).
+        computed and one fetched ahead (torch's fully_shard). Of offloaded layers the one whose backward pass runs is
+        there.
         """
         layers = self.layers[part.first : part.end]
         outside, parameters, optimizer = self._outside(part)
-        of_layers = sum(layer.weights for layer in layers)
+        of_layers = sum(layer.weights for layer in layers) - self.moved_bytes(part)
         parameters += sum(layer.parameters for layer in layers)
         optimizer += sum(layer.optimizer for layer in layers)
         if shards > 1:
@@ -258,12 +266,14 @@ class StepMemory:
         weights = outside + of_layers
         all_gradients = 4 * parameters
         always = all_gradients * (2 if copies > 1 else 1) if self.work.accumulates or copies > 1 else 0
-        moments = [(always or all_gradients, 0, 0), *self._loss(part), *self._last_norm(part)]
-        moments = [(max(gradients, always), kept, loss) for gradients, kept, loss in moments]
-        moments += [(max(gradients // shards, always), kept, 0) for gradients, kept in self._backward(part)]
-        gradients, activations, loss = max(moments, key=sum)
+        outside_layers = [(always or all_gradients, 0, 0), *self._loss(part), *self._last_norm(part)]
+        moments = [(max(gradients, always), kept, loss, 0) for gradients, kept, loss in outside_layers]
+        moments += [
+            (max(gradients // shards, always), kept, 0, copies) for gradients, copies, kept in self._backward(part)
+        ]
+        gradients, activations, loss, copies = max(moments, key=sum)
         return Bytes(
-            weights=weights,
+            weights=weights + copies,
             lora=4 * parameters,
             gradients=gradients,
             optimizer=optimizer,
@@ -345,13 +355,22 @@ class StepMemory:
             return []
         return [(0, self._kept_until(part, part.end) + self.work.tokens * _norm_busiest(self.shape.hidden_size), 0)]
 
-    def _backward(self, part: Part) -> list[tuple[int, int]]:
-        """(gradients, activations) in the backward pass of each layer: 4P of the layers above, and its own so far."""
+    def moved_bytes(self, part: Part) -> int:
+        """What the offloaded layers of a device take in CPU memory, and as copies on the bus."""
+        return sum(layer.moved for layer in self.layers[part.first : part.first + part.offloaded])
+
+    def _backward(self, part: Part) -> list[tuple[int, int, int]]:
+        """(gradients, copies of weights, activations) in the backward pass of each layer: 4P of the layers above, and
+        its own so far."""
         moments, above = [], 0
         for number in range(part.end - 1, part.first - 1, -1):
             layer = self.layers[number]
             kept = self._kept_until(part, number + 1 if self.work.gradient_checkpointing else number)
-            moments += [(above + gradients, kept + activations) for gradients, activations in layer.moments]
+            is_offloaded = number < part.first + part.offloaded
+            moments += [
+                (above + gradients, copies * is_offloaded, kept + activations)
+                for gradients, copies, activations in layer.moments
+            ]
             above += 4 * layer.parameters
         return moments
 
@@ -360,14 +379,26 @@ class StepMemory:
         modules = self._modules.get(number, [])
         kind = (len(targets), sum(module.parameters for module in modules), *(_leaf(module) for module in targets))
         if kind not in kinds:
+            moved = {module.name: self._moved(module) for module in modules}
             kinds[kind] = _Layer(
                 weights=sum(map(self._weights, modules)),
+                moved=sum(moved.values()),
                 parameters=lora_parameters(targets, self.work.rank),
                 optimizer=optimizer_bytes(targets, self.work),
                 kept=_kept(self.shape, self.work, targets, all_of_it=True),
-                moments=_moments(self.shape, self.work, targets),
+                moments=_moments(self.shape, self.work, targets, moved, reentrant=self._reentrant),
             )
         return kinds[kind]
+
+    def _moved(self, module: Module) -> int:
+        """Bytes of a module that lie in CPU memory when its layer is offloaded: buffers and the scales of 4-bit weights
+        stay where they are."""
+        if module.kind == "buffer":
+            return 0
+        if self.work.quantize == "none" or not is_quantized(module, self.shape):
+            return self._weights(module)
+        bias = _rounded(self.work.element_bytes * module.out_features) if module.bias else 0
+        return _rounded(-(-module.weight_elements // 2)) + bias
 
 
 def _leaf(module: Module) -> str:
@@ -443,8 +474,11 @@ def _norm_busiest(size: int) -> int:
     return 4 * size + 4 + 5 * 4 * size
 
 
-def _moments(shape: Shape, work: Workload, targets: list[Module]) -> list[tuple[int, int]]:
-    """(LoRA's gradients, all else) at each moment of a layer's backward pass that can be its fullest:
+def _moments(
+    shape: Shape, work: Workload, targets: list[Module], moved: Mapping[str, int], *, reentrant: bool
+) -> list[tuple[int, int, int]]:
+    """(LoRA's gradients, copies of the layer's weights where it is offloaded, all else) at each moment of a layer's
+    backward pass that can be its fullest; `moved` has the bytes of each module's copy:
 
     down_proj: the layer's gradient eh; its input's gradient through LoRA, ei; then through the base, ei, for which
     bitsandbytes makes the whole matrix in 16 bits (MatMul4Bit and MatMul8bitLt, backward); then their sum, ei. What it
@@ -460,7 +494,7 @@ def _moments(shape: Shape, work: Workload, targets: list[Module]) -> list[tuple[
     twice = tokens * 4 * h if work.gradient_checkpointing and e == 4 else 0
     kept = _kept(shape, work, targets, all_of_it=True) - twice
     until_mlp = _kept(shape, work, targets, all_of_it=False) - twice
-    gradient = tokens * e * h * (2 if work.quantize == "int8" and work.gradient_checkpointing else 1)
+    gradient = tokens * e * h * (2 if reentrant else 1)
     down = [module for module in targets if _leaf(module) == "down_proj"]
     late = [module for module in targets if not _is_early(module)]
     of_down, of_mlp, of_all = (4 * lora_parameters(modules, work.rank) for modules in (down, late, targets))
@@ -474,13 +508,19 @@ def _moments(shape: Shape, work: Workload, targets: list[Module]) -> list[tuple[
     if work.attention == "eager":
         flash += (e + 4 + 4) * shape.num_heads * work.block_size
     norm = tokens * _norm_busiest(h) + gradient
+    copies = sum(moved.values())
+    after_down, after_mlp = copies, copies
+    if work.quantize == "none":
+        after_down -= sum(size for name, size in moved.items() if name.endswith("down_proj"))
+        after_mlp = sum(size for name, size in moved.items() if name.endswith(("norm", *_ATTENTION_INPUTS, "o_proj")))
     moments = [
-        (of_down, kept - gone + gradient + sums),
-        (of_mlp, until_mlp + norm),
-        (of_mlp, until_mlp + gradient + tokens * flash),
-        (of_all, norm - twice),
+        (of_down, copies, kept - gone + gradient + (2 if down else 1) * one + matrix),
+        (of_down, after_down, kept - gone + gradient + sums),
+        (of_mlp, after_mlp, until_mlp + norm),
+        (of_mlp, after_mlp, until_mlp + gradient + tokens * flash),
+        (of_all, after_mlp, norm - twice),
     ]
     if work.quantize == "int8":
         cast = 2 * i if work.dtype != "fp16" else 0
-        moments.append((0, until_mlp + gradient + tokens * (4 * h + 4 + e * h + 4 * e * i + cast + 4 * i)))
+        moments.append((0, 0, until_mlp + gradient + tokens * (4 * h + 4 + e * h + 4 * e * i + cast + 4 * i)))
     return moments

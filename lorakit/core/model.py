@@ -3,13 +3,14 @@
 import hashlib
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -22,6 +23,7 @@ from lorakit.core.config import LoraKindSection, LoraSection, is_pattern
 from lorakit.core.errors import EnvironmentUnusable, InputRefused, first_line, is_out_of_memory
 from lorakit.core.events import Notice, Report
 from lorakit.core.hub import model_folder
+from lorakit.core.offloading import lora_to_devices, offload, offloaded
 from lorakit.core.shapes import FAMILIES, Module, Shape, is_called, refuse_uncounted, shape_of
 from lorakit.core.tokenization import load_tokenizer, quiet_libraries
 from lorakit.core.weights import Weights, open_weights
@@ -145,23 +147,53 @@ def _meta_modules(model: PreTrainedModel, layers: str) -> Iterator[Module]:
             yield Module(name, "buffer", elements, layer=layer)
 
 
+class _Quantizing(NamedTuple):
+    """How matrices are kept that are placed one by one."""
+
+    quantize: str
+    dtype: torch.dtype
+    double_quantization: bool
+
+
 def load_base(
     weights: Weights,
     dtype: torch.dtype,
     device: torch.device,
     quantize: str = "none",
     device_map: Mapping[str, int | str] | None = None,
+    computed_on: Mapping[str, int | str] | None = None,
     *,
     double_quantization: bool = True,
     int8_threshold: float = 6.0,
 ) -> PreTrainedModel:
     """The base model, frozen and in evaluation mode, its linear layers quantized while they are loaded; on `device`, or
-    where `device_map` says.
+    where `device_map` says. Layers that `computed_on` names lie in CPU memory and are computed there.
 
     Raises InputRefused where transformers can't build it whole.
     """
-    quantization = _quantization(quantize, dtype, double_quantization, int8_threshold)
-    places: Any = dict(device_map) if device_map else {"": device} if quantization else None
+    if computed_on:
+        # As the files have it, which is read when it is placed: another number type would be a copy of the whole model.
+        model = _from_pretrained(weights, "auto", None, None)
+        quantizing = _Quantizing(quantize, dtype, double_quantization)
+        _place(model, quantizing, {**(device_map or {}), **computed_on}, computed_on)
+    else:
+        quantization = _quantization(quantize, dtype, double_quantization, int8_threshold)
+        places: Any = dict(device_map) if device_map else {"": device} if quantization else None
+        model = _from_pretrained(weights, dtype, quantization, places)
+        model = model if places else model.to(device)
+    for module in model.modules():
+        # bitsandbytes would lay 4-bit weights out anew for a CPU's inference, at the first evaluation of a run: with
+        # other rounding, and only where sizes are multiples of 64 (Linear4bit.forward, 0.50)
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    model.requires_grad_(False)
+    model.config.use_cache = False
+    return model.eval()
+
+
+def _from_pretrained(
+    weights: Weights, dtype: torch.dtype | Literal["auto"], quantization: BitsAndBytesConfig | None, places: Any
+) -> PreTrainedModel:
     try:
         with quiet_libraries():
             model, loaded = AutoModelForCausalLM.from_pretrained(
@@ -189,14 +221,43 @@ def load_base(
             f"{weights.folder}: found weights without {lacking[0]} ({len(lacking)} such), need every tensor",
             "download the model again",
         )
-    for module in model.modules():
-        # bitsandbytes would lay 4-bit weights out anew for a CPU's inference, at the first evaluation of a run: with
-        # other rounding, and only where sizes are multiples of 64 (Linear4bit.forward, 0.50)
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-    model.requires_grad_(False)
-    model.config.use_cache = False
-    return (model if places else model.to(device)).eval()
+    return model
+
+
+def _place(
+    model: PreTrainedModel,
+    how: "_Quantizing",
+    devices: Mapping[str, int | str],
+    in_cpu_memory: Collection[str],
+) -> None:
+    """Put each module of a model that was loaded on the CPU on the device that computes it, one matrix after the other,
+    quantized there; then what belongs into CPU memory back there."""
+    for name, device in ((name, torch.device(device)) for name, device in devices.items()):
+        module = model.get_submodule(name)
+        _quantize(module, model.get_output_embeddings(), how, device)
+        for parameter in module.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(device, how.dtype)
+        for buffer in module.buffers():
+            buffer.data = buffer.data.to(device)
+        if name in in_cpu_memory:
+            offload(module, device)
+    model.config.dtype = how.dtype
+    model.is_loaded_in_8bit, model.is_loaded_in_4bit = how.quantize == "int8", how.quantize in ("nf4", "fp4")
+    if len(set(devices.values())) > 1:  # what crosses over is moved as from_pretrained has it moved: by accelerate
+        first, skipped = next(iter(devices.values())), model._skip_keys_device_placement
+        add_hook_to_module(model, AlignDevicesHook(first, io_same_device=True, skip_keys=skipped))
+        for name, place in devices.items():
+            add_hook_to_module(model.get_submodule(name), AlignDevicesHook(place, skip_keys=skipped))
+
+
+def _quantize(module: torch.nn.Module, head: torch.nn.Module, how: "_Quantizing", device: torch.device) -> None:
+    """Put bitsandbytes' layers in place of a module's linear layers, except the head."""
+    linears = [(name, found) for name, found in module.named_modules() if isinstance(found, torch.nn.Linear)]
+    for name, linear in linears:
+        if linear is not head and how.quantize != "none":
+            there = linear.to(device, how.dtype)
+            module.set_submodule(name, quantized(there, how.quantize, how.dtype, how.double_quantization))
 
 
 def _quantization(
@@ -223,19 +284,17 @@ def random_base(config: Mapping[str, Any], quantize: str, dtype: torch.dtype, de
         known = AutoConfig.for_model(str(config["model_type"]), **fields)
         model = AutoModelForCausalLM.from_config(known, dtype=dtype, trust_remote_code=False)
     if quantize != "none":
-        inner = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-        for name in inner:
-            linear = model.get_submodule(name)
-            if linear is not model.get_output_embeddings():
-                parent, _, leaf = name.rpartition(".")
-                setattr(model.get_submodule(parent), leaf, quantized(linear, quantize, dtype))
+        how = _Quantizing(quantize, dtype, double_quantization=True)
+        _quantize(model, model.get_output_embeddings(), how, device)
         model.is_loaded_in_8bit, model.is_loaded_in_4bit = quantize == "int8", quantize != "int8"
     model.requires_grad_(False)
     model.config.use_cache = False
     return model.eval()
 
 
-def quantized(linear: torch.nn.Linear, quantize: str, dtype: torch.dtype) -> torch.nn.Module:
+def quantized(
+    linear: torch.nn.Linear, quantize: str, dtype: torch.dtype, double_quantization: bool = True
+) -> torch.nn.Module:
     """bitsandbytes' layer of a linear layer, its weight quantized where it lies."""
     import bitsandbytes as bnb
 
@@ -244,7 +303,9 @@ def quantized(linear: torch.nn.Linear, quantize: str, dtype: torch.dtype) -> tor
         if quantize == "int8":
             made = bnb.nn.Linear8bitLt(*size, bias, has_fp16_weights=False, threshold=6.0)
         else:
-            made = bnb.nn.Linear4bit(*size, bias, compute_dtype=dtype, compress_statistics=True, quant_type=quantize)
+            made = bnb.nn.Linear4bit(
+                *size, bias, compute_dtype=dtype, compress_statistics=double_quantization, quant_type=quantize
+            )
     if quantize == "int8":
         codes, scales, _ = bnb.functional.int8_vectorwise_quant(linear.weight.detach().to(torch.float16))
         made.weight = bnb.nn.Int8Params(codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=scales)
@@ -291,6 +352,7 @@ def add_lora(
     )
     with quiet_libraries():
         model = get_peft_model(base, config)
+    lora_to_devices(model)
     model.peft_config["default"].base_model_name_or_path = base_name
     for name, parameter in trained_parameters(model).items():
         if ".lora_A." in name:
@@ -368,10 +430,13 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
 def checkpoint_activations(model: PeftModel) -> None:
     """Keep only each layer's input and compute the rest again in the backward pass (Chen et al. 2016).
 
-    Over bitsandbytes' int8 by the reentrant kind: MatMul8bitLt keeps each input as an attribute, which the other kind,
-    made of hooks on saved tensors, can't drop, so that nothing would be freed.
+    By the reentrant kind where bitsandbytes keeps as an attribute what the other kind, made of hooks on saved tensors,
+    can't drop, so that nothing would be freed: MatMul8bitLt keeps each input so, and MatMul4Bit the weight, of which
+    offloaded layers make copies.
     """
-    reentrant = bool(getattr(model.get_base_model(), "is_loaded_in_8bit", False))
+    base = model.get_base_model()
+    in_8bit, in_4bit = (getattr(base, f"is_loaded_in_{bits}bit", False) for bits in (8, 4))
+    reentrant = bool(in_8bit or (in_4bit and offloaded(base)))
     with quiet_libraries():  # the newest transformers warns that it will rename this, the oldest knows no other name
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
         model.enable_input_require_grads()

@@ -3,19 +3,25 @@
 A model is a chain: embedding, decoder layers, last norm and head (of a tied head the weight is the embedding's, so both
 lie on the first device). `split` cuts it into consecutive pieces, a device each, so that the fullest device is as empty
 as can be; `ddp` puts all of it on every device, `fsdp` a share of it.
+
+With CPU memory beside GPUs, `split` offloads layers (offloading.py) where the GPUs don't hold all of them: as few as
+can be, because what is offloaded crosses the bus twice in a micro-step. In each piece these are the first layers: their
+copies are there when the least of what the forward pass kept is left, and what comes after them in the chain says which
+GPU computes them. So a piece ends with something that isn't offloaded.
 """
 
+import bisect
 import itertools
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from lorakit import __version__
 from lorakit.core.config import differences
-from lorakit.core.errors import EnvironmentUnusable, InputRefused, Mismatch, OutOfMemory
+from lorakit.core.errors import EnvironmentUnusable, InputRefused, Mismatch, OutOfMemory, UsageError
 from lorakit.core.memory import CPU_PROCESS_BYTES, AttentionKind, Bytes, Part, StepMemory, Workload
 from lorakit.core.shapes import Shape
 from lorakit.core.weights import read_json_object
@@ -35,6 +41,9 @@ _OPERATIONS_PER_SECOND = {"none": 325e12, "int8": 103e12, "nf4": 270e12, "fp4": 
 """What one H200 computes in a second in training steps of transformers + PEFT + bitsandbytes, second forward passes
 included: 8,221, 2,594 and 6,826 tokens/s at 6 × 6.6e9 operations a token (Llama-2-7B, blocks of 2,048, rank 16 on all
 linear layers, gradient checkpointing; measured 2026-11-24 with torch 2.11). Another card is slower in proportion."""
+
+_BUS_BYTES_PER_SECOND = 63e9
+"""What a PCIe 5.0 bus of 16 lanes carries one way at most (PCI-SIG): 32 GT/s × 16 × 128/130 bits."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +74,8 @@ class Plan:
     parallel: Parallel
     loads: tuple[Load, ...]
     device_map: dict[str, Device] | None
+    computed_on: dict[str, Device]
+    """Of each offloaded layer, which `device_map` has on the CPU, the GPU that computes it."""
 
     @property
     def fits(self) -> bool:
@@ -76,23 +87,37 @@ class Plan:
         return max(load.share for load in self.loads)
 
     @property
+    def _computing(self) -> tuple[Load, ...]:
+        """The loads of the devices that compute: not that of the CPU beside GPUs."""
+        return tuple(load for load in self.loads if load.device != "cpu") or self.loads
+
+    @property
+    def offloaded_bytes(self) -> int:
+        """What lies in CPU memory of a model that GPUs train."""
+        return sum(load.bytes.weights for load in self.loads if load not in self._computing)
+
+    @property
     def peak_bytes(self) -> int:
-        return max(load.bytes.total for load in self.loads)
+        """The most that a device that computes takes."""
+        return max(load.bytes.total for load in self._computing)
 
     @property
     def allocated_bytes(self) -> int:
         """What torch measures as its peak on the fullest device."""
-        return max(load.bytes.allocated for load in self.loads)
+        return max(load.bytes.allocated for load in self._computing)
 
     @property
     def tokens_per_second(self) -> float | None:
         """A rough speed on H200s, to compare plans by: a frozen base takes 4 operations a parameter and token, with a
-        second forward pass 6. Layers split over devices run one device at a time; copies and shards run at once."""
+        second forward pass 6. Layers split over devices run one device at a time; copies and shards run at once.
+        Nothing is computed while offloaded layers are copied."""
         if self.loads[0].device == "cpu":
             return None
         operations = (6 if self.work.gradient_checkpointing else 4) * self.shape.parameters
         at_once = 1 if self.parallel == "split" else len(self.loads)
-        return at_once * _OPERATIONS_PER_SECOND[self.work.quantize] / operations
+        computed = operations / _OPERATIONS_PER_SECOND[self.work.quantize]
+        copied = 2 * self.offloaded_bytes / _BUS_BYTES_PER_SECOND / self.work.tokens
+        return at_once / (computed + copied)
 
     def as_json(self) -> dict[str, Any]:
         """What `--json` shows and a plan file holds."""
@@ -145,45 +170,91 @@ def make_plan(
 ) -> Plan:
     """The plan for one way of sharing the work; of split for a map that is there already, where one is given.
 
-    Raises InputRefused where a LoRA target matches no layer, or the map isn't one of consecutive layers of this shape.
+    Raises InputRefused where a LoRA target matches no layer, or the map isn't one of consecutive layers of this shape;
+    UsageError where layers can't be offloaded (`budgets` has the CPU beside GPUs).
     """
-    memory, count = StepMemory(shape, work), len(budgets)
+    devices: list[Device] = [device for device in budgets if device != "cpu"] or list(budgets)
+    may_offload = len(devices) < len(budgets)
+    if may_offload:
+        _require_offload(work, parallel)
+    memory, parts, found = StepMemory(shape, work), [], None
     if parallel == "split":
-        if device_map is None:
-            cuts = _best_cuts(memory, list(budgets.values()))
+        if device_map is not None:
+            if not set(device_map.values()) <= set(budgets):
+                raise _no_cut()
+            parts = _parts_of(shape, device_map, devices)
         else:
-            cuts = _cuts_of(shape, device_map, list(budgets))
-        parts = [_part(shape, start, end) for start, end in zip([0, *cuts], cuts, strict=False)]
+            sizes = [budgets[device] for device in devices]
+            parts, fits = _best_parts(memory, sizes)
+            if may_offload and not fits:
+                parts, _ = _best_parts(StepMemory(shape, work, offloads=True), sizes, offload=True)
+        if any(part.offloaded for part in parts):
+            memory = StepMemory(shape, work, offloads=True)
         loads = [memory.peak(part) if _holds(part) else Bytes() for part in parts]
-        found = _device_map(shape, dict(zip(budgets, parts, strict=True)))
+        found = _device_map(shape, dict(zip(devices, parts, strict=True)))
         if device_map is not None and found != device_map:
             raise _no_cut()
     else:
         one = _part(shape, 0, shape.num_layers + 2)
-        shared = {"copies": count} if parallel == "ddp" else {"shards": count}
-        loads, found = [memory.peak(one, **shared)] * count, None
-    if "cpu" in budgets:
+        shared = {"copies": len(devices)} if parallel == "ddp" else {"shards": len(devices)}
+        loads = [memory.peak(one, **shared)] * len(devices)
+    if devices == ["cpu"]:
         loads = [load._replace(workspace=0, context=CPU_PROCESS_BYTES) for load in loads]
-    devices = zip(budgets.items(), loads, strict=True)
-    return Plan(shape, work, parallel, tuple(Load(name, size, load) for (name, size), load in devices), found)
+    if may_offload:
+        moved = sum(map(memory.moved_bytes, parts))
+        devices.append("cpu")
+        loads.append(Bytes(weights=moved, context=CPU_PROCESS_BYTES) if moved else Bytes())
+    names = _layer_names(shape)
+    computed_on = {
+        names[layer]: device
+        for device, part in zip(devices, parts, strict=False)
+        for layer in range(part.first, part.first + part.offloaded)
+    }
+    each = tuple(Load(device, budgets[device], load) for device, load in zip(devices, loads, strict=True))
+    return Plan(shape, work, parallel, each, found, computed_on)
 
 
-def _cuts_of(shape: Shape, device_map: Mapping[str, Device], devices: list[Device]) -> list[int]:
-    """Where each device's piece of the chain ends, in a device map. Raises InputRefused where it names other modules
-    or devices."""
+def _require_offload(work: Workload, parallel: Parallel) -> None:
+    """Raises UsageError where a run of these settings can't have layers in CPU memory."""
+    if parallel != "split":
+        raise UsageError(
+            f"--cpu beside --gpus: found --parallel {parallel}, need split", "layers are offloaded of split"
+        )
+    if not work.gradient_checkpointing:
+        raise UsageError(
+            "--cpu beside --gpus: found no gradient checkpointing, need it",
+            "without, every offloaded layer would stay on the GPU from its forward to its backward pass",
+        )
+    if work.quantize == "int8":
+        raise UsageError(
+            "--cpu beside --gpus: found --quantize int8, need none, nf4 or fp4",
+            "bitsandbytes keeps what belongs to an int8 weight outside of it, where it can't be offloaded",
+        )
+
+
+def _parts_of(shape: Shape, device_map: Mapping[str, Device], devices: list[Device]) -> list[Part]:
+    """What each device holds by a device map. Raises InputRefused where it names other modules or devices."""
     if device_map.keys() != _device_map(shape, {devices[0]: _part(shape, 0, shape.num_layers + 2)}).keys():
         raise _no_cut()
-    if not set(device_map.values()) <= set(devices):
+    norms = (device_map[module.name] for module in shape.modules if module.layer is None and module.kind == "norm")
+    end = next(norms, devices[-1])
+    layers, offloaded = dict.fromkeys(devices, 0), dict.fromkeys(devices, 0)
+    waiting = 0  # offloaded layers before the first one that isn't: the GPU of that one computes them
+    for place in (*(device_map[name] for _, name in sorted(_layer_names(shape).items())), end):
+        waiting += 1
+        if place in layers:
+            layers[place] += waiting
+            offloaded[place] += waiting - 1
+            waiting = 0
+    if waiting:
         raise _no_cut()
-    layers: dict[Device, int] = dict.fromkeys(devices, 0)
-    for name in {layer_name(module.name, module.layer) for module in shape.modules if module.layer is not None}:
-        if device_map.get(name) in layers:
-            layers[device_map[name]] += 1
-    norms = [device_map.get(module.name) for module in shape.modules if module.layer is None and module.kind == "norm"]
+    layers[end] -= 1  # the norm itself
     cuts = list(itertools.accumulate(layers.values()))
     first = next((place for place, device in enumerate(devices) if device in device_map.values()), 0)
-    last = next((place for place, device in enumerate(devices) if device in norms), len(devices) - 1)
-    return [cut + (place >= first) + (place >= last) for place, cut in enumerate(cuts)]
+    last = devices.index(end)
+    cuts = [cut + (place >= first) + (place >= last) for place, cut in enumerate(cuts)]
+    pieces = zip([0, *cuts], cuts, offloaded.values(), strict=False)
+    return [_part(shape, start, end)._replace(offloaded=count) for start, end, count in pieces]
 
 
 def _no_cut() -> InputRefused:
@@ -205,41 +276,76 @@ def _holds(part: Part) -> bool:
     return part.end > part.first or part.embedding or part.norm
 
 
-def _best_cuts(memory: StepMemory, budgets: list[int]) -> list[int]:
-    """Where each device's piece of the chain ends, so that the largest used share of a budget is the smallest.
+class _Cost(NamedTuple):
+    """What a placement is chosen by, the first thing first: nothing over its budget, few layers offloaded, and the
+    fullest device as empty as can be."""
 
-    Dynamic programming over (devices so far, links placed): exact. Devices may stay empty, the last ones first.
+    excess: float
+    """How full the fullest device is where that is too full, else 1."""
+    offloaded: int
+    share: float
+
+    def beside(self, other: "_Cost") -> "_Cost":
+        return _Cost(max(self.excess, other.excess), self.offloaded + other.offloaded, max(self.share, other.share))
+
+
+def _best_parts(memory: StepMemory, budgets: list[int], *, offload: bool = False) -> tuple[list[Part], bool]:
+    """What each device holds so that the fullest one is as empty as can be, and whether that fits; with `offload`, so
+    that the fewest layers are offloaded with which it does.
+
+    Dynamic programming over (devices so far, links placed): exact, because no placement is the best one whose beginning
+    or whose pieces could be replaced by better ones. Devices may stay empty, the last ones first.
     """
     links, shape = memory.shape.num_layers + 2, memory.shape
     alike = len({id(layer) for layer in memory.layers}) <= 1
     known: dict[object, int] = {}
 
-    def bytes_of(start: int, end: int) -> int:
-        part = _part(shape, start, end)
+    def bytes_of(part: Part) -> int:
         key = (part.end - part.first, part.first == 0, part[2:]) if alike else part
         if key not in known:
             known[key] = memory.peak(part).total if _holds(part) else 0
         return known[key]
 
-    best = [0.0] + [math.inf] * links
+    def placed(start: int, end: int, budget: int) -> tuple[_Cost, Part]:
+        part = _part(shape, start, end)
+        if offload:  # what is offloaded takes no more room than it did
+            counts = range(max(0, part.end - part.first - (not part.norm)))
+            fewest = bisect.bisect_left(counts, True, key=lambda n: bytes_of(part._replace(offloaded=n)) <= budget)
+            part = part._replace(offloaded=fewest)
+        share = bytes_of(part) / max(budget, 1)
+        return _Cost(max(share, 1), part.offloaded, share), part
+
+    pieces = {
+        budget: [[placed(start, end, budget) for start in range(end + 1)] for end in range(links + 1)]
+        for budget in set(budgets)
+    }
+    worst = _Cost(math.inf, 0, math.inf)
+    best = [_Cost(1, 0, 0.0)] + [worst] * links
     choices: list[list[int]] = []
-    for budget in budgets:
+    for place, budget in enumerate(budgets):
+        if budgets[max(0, place - links) : place].count(budget) == links:  # more equal devices than links: it's empty
+            choices.append(list(range(links + 1)))
+            continue
         options = [
-            min((max(best[start], bytes_of(start, end) / max(budget, 1)), -start) for start in range(end + 1))
-            for end in range(links + 1)
+            min((best[start].beside(cost), -start) for start, (cost, _) in enumerate(row)) for row in pieces[budget]
         ]
-        best = [share for share, _ in options]
+        best = [cost for cost, _ in options]
         choices.append([-start for _, start in options])
-    cuts = [links]
-    for choice in reversed(choices):
-        cuts.append(choice[cuts[-1]])
-    return cuts[-2::-1]
+    parts, end = [], links
+    for budget, choice in zip(reversed(budgets), reversed(choices), strict=True):
+        start = choice[end]
+        parts.append(pieces[budget][end][start][1])
+        end = start
+    return parts[::-1], best[links].excess <= 1
 
 
 def _device_map(shape: Shape, parts: Mapping[Device, Part]) -> dict[str, Device]:
     """Every module outside of the layers by its own name, every layer by the layer's."""
     found: dict[str, Device] = {}
-    layer_device = {layer: name for name, part in parts.items() for layer in range(part.first, part.end)}
+    layer_device: dict[int, Device] = {}
+    for name, part in parts.items():
+        kept = part.first + part.offloaded
+        layer_device |= {layer: "cpu" if layer < kept else name for layer in range(part.first, part.end)}
     first = next(name for name, part in parts.items() if part.embedding)
     last = next(name for name, part in parts.items() if part.norm)
     for module in shape.modules:
@@ -250,6 +356,10 @@ def _device_map(shape: Shape, parts: Mapping[Device, Part]) -> dict[str, Device]
         else:
             found[module.name] = first if module.kind in ("embedding", "buffer") else last
     return found
+
+
+def _layer_names(shape: Shape) -> dict[int, str]:
+    return {module.layer: layer_name(module.name, module.layer) for module in shape.modules if module.layer is not None}
 
 
 def layer_name(module: str, layer: int) -> str:
@@ -284,14 +394,16 @@ def plan_run(shape: Shape, work: Workload, free: Budgets, path: Path | None, par
             )
         return make_plan(shape, free, work, parallel)
     names = {f"cuda:{device}" if device != "cpu" else "cpu": device for device in free}
-    lacking = [device["name"] for device in plan["devices"] if device["name"] not in names]
+    needed = [device["name"] for device in plan["devices"]]
+    training = names if needed != ["cpu"] else list(names)[:1]  # a machine with GPUs doesn't train on its CPU
+    lacking = [name for name in needed if name not in training]
     if lacking:
         raise EnvironmentUnusable(
-            f"{path}: found {', '.join(names)} on this machine, need {', '.join(lacking)} too",
+            f"{path}: found {', '.join(training)} on this machine, need {', '.join(lacking)} too",
             "plan for this machine: `lorakit plan-devices` without --gpus",
         )
     refuse_other_plan(path, plan, shape, work)
-    devices = [names[device["name"]] for device in plan["devices"]]
+    devices = [names[name] for name in needed]
     return make_plan(shape, {device: free[device] for device in devices}, work, "split", plan["device_map"])
 
 

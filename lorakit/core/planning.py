@@ -15,7 +15,7 @@ from lorakit.core.environment import free_gpu_bytes, free_ram_bytes
 from lorakit.core.errors import UsageError
 from lorakit.core.events import Notice, Report
 from lorakit.core.memory import Workload
-from lorakit.core.placement import Budgets, Device, Parallel, Plan, corrected, make_plan, read_plan
+from lorakit.core.placement import Budgets, Parallel, Plan, corrected, make_plan, read_plan
 from lorakit.core.shapes import FAMILIES, Shape, built_in, config_of, shape_of
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def plan_devices(config: PlanDevicesConfig, report: Report) -> Planned:
     """
     shape = find_shape(config.model.model, report)
     budgets = _budgets(config, report)
-    on_cpu = "cpu" in budgets
+    on_cpu = list(budgets) == ["cpu"]
     dtype = ("fp32" if on_cpu else "bf16") if config.model.dtype == "auto" else config.model.dtype
     if config.model.quantize == "int8" and config.devices.parallel == "fsdp":
         raise UsageError(
@@ -109,7 +109,8 @@ def plan_devices(config: PlanDevicesConfig, report: Report) -> Planned:
             read_plan(output)  # nothing else is ever replaced
         disk.make_folder(output.parent)
         disk.write_file(output, (json.dumps(plan.as_json(), indent=1) + "\n").encode())
-    moved = plan.peak_bytes - make_plan(shape, budgets, work, plan.parallel).peak_bytes if probed else 0
+    used = {load.device: load.budget_bytes for load in plan.loads}
+    moved = plan.peak_bytes - make_plan(shape, used, work, plan.parallel).peak_bytes if probed else 0
     return Planned(plan, suggestions, compared, probed, moved)
 
 
@@ -149,13 +150,17 @@ def find_shape(name: str, report: Report) -> Shape:
 
 def _budgets(config: PlanDevicesConfig, report: Report) -> Budgets:
     devices = config.devices
-    if devices.cpu:
+    if devices.cpu and not devices.gpus:
         return {"cpu": devices.cpu[0]}
     sizes = list(devices.gpus) or free_gpu_bytes()
     if not sizes:
         report(Notice("no GPU here: planned for this machine's CPU; --gpus 1x24GiB plans for another machine"))
         return {"cpu": free_ram_bytes()}
-    return dict(enumerate(sizes))
+    return {**dict(enumerate(sizes)), **({"cpu": devices.cpu[0]} if devices.cpu else {})}
+
+
+def _gpus(budgets: Budgets) -> Budgets:
+    return {device: size for device, size in budgets.items() if device != "cpu"}
 
 
 def _make(shape: Shape, budgets: Budgets, work: Workload, parallel: Parallel, factor: float) -> Plan:
@@ -172,8 +177,9 @@ def _choose(
     """The plan asked for; of auto the first that fits: copies are the fastest, then shards, then split layers."""
     if parallel != "auto":
         return _make(shape, budgets, work, parallel, factor)
-    ways: list[Parallel] = ["ddp", "fsdp"] if len(budgets) > 1 else []
-    plans = (_make(shape, budgets, work, way, factor) for way in ways if (way, work.quantize) != ("fsdp", "int8"))
+    gpus = _gpus(budgets)
+    ways: list[Parallel] = ["ddp", "fsdp"] if len(gpus) > 1 else []
+    plans = (_make(shape, gpus, work, way, factor) for way in ways if (way, work.quantize) != ("fsdp", "int8"))
     fitting = next((plan for plan in plans if plan.fits), None)
     return fitting or _make(shape, budgets, work, "split", factor)
 
@@ -197,6 +203,8 @@ def _changes(plan: Plan, budgets: Budgets, parallel: Asked, factor: float) -> It
     def again(changed: Workload, budgets: Budgets = budgets, parallel: Asked = parallel) -> Plan:
         return _choose(shape, budgets, changed, parallel, factor)
 
+    gpus = _gpus(budgets)
+    offloads = 0 < len(gpus) < len(budgets)
     tried: list[tuple[str, str, Plan]] = []
     batch = _largest(lambda size: again(replace(work, batch_size=size)).fits, work.batch_size - 1)
     if batch:
@@ -204,7 +212,7 @@ def _changes(plan: Plan, budgets: Budgets, parallel: Asked, factor: float) -> It
         tried.append((f"{batch} blocks in a micro-step", f"--batch-size {batch}", smaller))
     if not work.gradient_checkpointing:
         tried.append(("checkpointing", "--gradient-checkpointing", again(replace(work, gradient_checkpointing=True))))
-    if work.quantize == "none" and parallel != "fsdp":  # which can't cut int8 into shards
+    if work.quantize == "none" and parallel != "fsdp" and not offloads:  # int8 can be neither sharded nor offloaded
         tried.append(("an 8-bit base", "--quantize int8", again(replace(work, quantize="int8"))))
     if work.quantize in ("none", "int8"):
         tried.append(("a 4-bit base", "--quantize nf4", again(replace(work, quantize="nf4"))))
@@ -216,26 +224,34 @@ def _changes(plan: Plan, budgets: Budgets, parallel: Asked, factor: float) -> It
     rank = _largest(lambda rank: again(replace(work, rank=rank)).fits, work.rank - 1)
     if rank:
         tried.append((f"rank {rank}", f"--rank {rank}", again(replace(work, rank=rank))))
-    if len(budgets) > 1 and parallel in ("split", "ddp") and work.quantize != "int8":
+    if len(gpus) > 1 and parallel in ("split", "ddp") and work.quantize != "int8" and not offloads:
         tried.append(("shards of all weights", "--parallel fsdp", again(work, parallel="fsdp")))
-    if len(budgets) > 1 and parallel == "ddp":
+    if len(gpus) > 1 and parallel == "ddp":
         tried.append(("layers over devices", "--parallel split", again(work, parallel="split")))
-    if "cpu" not in budgets and parallel != "ddp":
-        more: dict[Device, int] = {**budgets, len(budgets): max(budgets.values())}
+    if gpus and parallel in ("split", "auto") and work.gradient_checkpointing and work.quantize != "int8":
+        room = again(work, budgets={**budgets, "cpu": 2**60}).loads[-1].bytes.total
+        size = -(-room // 2**30)
+        offloading = again(work, budgets={**budgets, "cpu": size * 2**30})
+        tried.append((f"{len(offloading.computed_on)} layers in CPU memory", f"--cpu {size}GiB", offloading))
+    if gpus and parallel != "ddp":
+        more: Budgets = {**gpus, len(gpus): max(gpus.values()), **budgets}
         tried.append(("one more GPU", f"--gpus {_typed(more)}", again(work, budgets=more)))
     yield from (Suggestion(*change) for change in tried if change[2].fits)
 
 
 def _typed(budgets: Budgets) -> str:
     """Budgets as `--gpus` takes them."""
-    sizes = [f"{size >> 30}GiB" if size % 2**30 == 0 else f"{size >> 20}MiB" for size in budgets.values()]
+    gpus = _gpus(budgets).values()
+    sizes = [f"{size >> 30}GiB" if size % 2**30 == 0 else f"{size >> 20}MiB" for size in gpus]
     return f"{len(sizes)}x{sizes[0]}" if len(set(sizes)) == 1 else ",".join(sizes)
 
 
 def _compare(plan: Plan, budgets: Budgets, factor: float) -> Iterator[Plan]:
-    """Every way of sharing the work with every kind of base."""
-    ways: tuple[Parallel, ...] = ("split", "ddp", "fsdp") if len(budgets) > 1 else ("split",)
+    """Every way of sharing the work with every kind of base; layers are offloaded where they can be."""
+    gpus = _gpus(budgets)
+    ways: tuple[Parallel, ...] = ("split", "ddp", "fsdp") if len(gpus) > 1 else ("split",)
     for way in ways:
         for quantize in _QUANTIZATIONS:
             if (way, quantize) != ("fsdp", "int8"):
-                yield _make(plan.shape, budgets, replace(plan.work, quantize=quantize), way, factor)
+                usable = budgets if way == "split" and quantize != "int8" else gpus or budgets
+                yield _make(plan.shape, usable, replace(plan.work, quantize=quantize), way, factor)

@@ -35,12 +35,14 @@ from lorakit.core.model import (  # noqa: E402
     make_ready,
     quantized,
 )
+from lorakit.core.offloading import offload, offloaded  # noqa: E402
 from lorakit.core.shapes import Shape, config_of, shape_of  # noqa: E402
 from tests.live import LiveBytes  # noqa: E402
 
 
 class Row(NamedTuple):
-    """One configuration. `layers`: fewer than the model has, for long blocks; 0: all. `full`: all logits at once."""
+    """One configuration. `layers`: fewer than the model has, for long blocks; 0: all. `full`: all logits at once.
+    `offloaded`: so many of the first layers lie in CPU memory."""
 
     model: str
     quantize: str
@@ -50,6 +52,7 @@ class Row(NamedTuple):
     full: bool
     rank: int
     layers: int = 0
+    offloaded: int = 0
 
 
 ROWS = [
@@ -85,12 +88,19 @@ ROWS = [
     Row("llama-2-7b", "none", 8192, 8, True, False, 16, 8),
     Row("llama-3.1-8b", "nf4", 8192, 2, False, False, 8, 8),
     Row("llama-3.1-8b", "nf4", 8192, 8, True, False, 64, 8),
+    Row("llama-2-7b", "none", 2048, 1, True, False, 16, 0, 16),
+    Row("llama-2-7b", "none", 512, 1, True, False, 16, 0, 32),
+    Row("llama-2-7b", "nf4", 2048, 2, True, False, 16, 0, 16),
+    Row("llama-3.1-8b", "none", 4096, 1, True, False, 64, 0, 20),
+    Row("llama-3.1-8b", "nf4", 512, 1, True, False, 64, 0, 32),
 ]
 TINY_ROWS = [
     Row("tiny", "none", 64, 2, True, False, 8),
     Row("tiny", "none", 128, 1, False, True, 16),
     Row("tiny", "nf4", 64, 2, True, False, 8),
     Row("tiny", "int8", 64, 2, True, True, 8),
+    Row("tiny", "none", 64, 2, True, False, 8, 0, 2),
+    Row("tiny", "nf4", 64, 2, True, False, 8, 0, 3),
 ]
 SPREAD = 0.005
 TINY = {"model_type": "llama", "vocab_size": 1000, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 3}
@@ -145,6 +155,8 @@ def random_base(row: Row, device: torch.device) -> Any:
     model.is_loaded_in_8bit, model.is_loaded_in_4bit = row.quantize == "int8", row.quantize in ("nf4", "fp4")
     model.requires_grad_(False)
     model.config.use_cache = False
+    for layer in model.model.layers[: row.offloaded]:
+        offload(layer, device)
     return model
 
 
@@ -173,6 +185,8 @@ def training_run(row: Row, base: Any, device: torch.device) -> Any:
     run.blocks = RandomBlocks(row, base.config.vocab_size)  # type: ignore[assignment]
     run.schedule = training.Schedule(1000, row.batch, 1000, 0)
     run.model = add_lora(base, config.lora, 0, row.model)
+    assert all(parameter.device.type == device.type for parameter in lora_parameters(run.model).values())
+    assert bool(offloaded(base)) is bool(row.offloaded)
     make_ready(run.model, torch.bfloat16, checkpointing=row.checkpointing)
     run.scaled, run.autocast = False, autocast(device, torch.bfloat16)
     run.parameters = trained_parameters(run.model)
@@ -225,7 +239,8 @@ def measure(row: Row, base: Any, device: torch.device, shape: Shape) -> dict[str
             found["outside"] = total - free - torch.cuda.memory_reserved()
         else:
             planned = plan(row, shape, device)
-            found["peak"] = planned.weights + planned.lora + planned.optimizer + counted.peak  # type: ignore[union-attr]
+            copies = planned.weights - resident_weights(row, shape, device)  # which are live tensors
+            found["peak"] = planned.weights - copies + planned.lora + planned.optimizer + counted.peak  # type: ignore[union-attr]
     finally:
         training.loss_sum = original
         taken_back(run)
@@ -237,15 +252,22 @@ def measure(row: Row, base: Any, device: torch.device, shape: Shape) -> dict[str
 
 
 def plan(row: Row, shape: Shape, device: torch.device) -> Bytes:
-    planned = StepMemory(shape, workload(row, device)).peak(Part(0, shape.num_layers, True, True, True))
+    part = Part(0, shape.num_layers, True, True, True, row.offloaded)
+    planned = StepMemory(shape, workload(row, device), offloads=row.offloaded > 0).peak(part)
     return planned if device.type == "cuda" else planned._replace(workspace=0)
+
+
+def resident_weights(row: Row, shape: Shape, device: torch.device) -> int:
+    """Those that stay on the device for the whole step."""
+    memory, part = StepMemory(shape, workload(row, device)), Part(0, shape.num_layers, True, True, True, row.offloaded)
+    return memory.peak(part._replace(offloaded=0)).weights - memory.moved_bytes(part)
 
 
 def rows_in_turn(rows: list[Row], device: torch.device) -> Iterator[tuple[Row, Any, Shape]]:
     """Each row with its base; rows of one base follow each other, so that it is built once."""
-    bases = list(dict.fromkeys((row.model, row.quantize, row.layers) for row in rows))
+    bases = list(dict.fromkeys((row.model, row.quantize, row.layers, row.offloaded) for row in rows))
     for key in bases:
-        mine = [row for row in rows if (row.model, row.quantize, row.layers) == key]
+        mine = [row for row in rows if (row.model, row.quantize, row.layers, row.offloaded) == key]
         base = random_base(mine[0], device)
         gc.collect()
         if device.type == "cuda":
@@ -271,12 +293,12 @@ def main() -> int:
     room = torch.cuda.mem_get_info()[0] if device.type == "cuda" else 2**40
     started, errors = time.monotonic(), []
     show(f"torch {torch.__version__}, {torch.cuda.get_device_name() if device.type == 'cuda' else 'cpu'}")
-    show("model         base  block batch ck   loss  rank layers   planned  measured    error   seconds")
+    show("model         base  block batch ck   loss  rank layers offloaded   planned  measured    error   seconds")
     for row, base, shape in rows_in_turn(rows, device):
         at = time.monotonic()
         kind = f"{'yes' if row.checkpointing else 'no':<4} {'full' if row.full else 'chunk':<5}"
         name = f"{row.model:<13} {row.quantize:<5} {row.block:>5} {row.batch:>5} {kind} {row.rank:>4}"
-        name += f" {shape.num_layers:>6}"
+        name += f" {shape.num_layers:>6} {row.offloaded:>9}"
         planned = plan(row, shape, device)
         if at - started > given.limit or planned.total > room:
             why = "no room" if planned.total > room else "no time"

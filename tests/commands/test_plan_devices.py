@@ -17,6 +17,7 @@ from lorakit.core import environment, planning
 from tests.conftest import Ran, make_llama
 
 Cli = Callable[..., Ran]
+OFFLOAD = ("llama-7b", "--gpus", "8GiB", "--cpu", "64GiB")
 SEED = ("plan-devices", "llama-65b", "--gpus", "8x24GiB", "--quantize", "int8", "--block-size", 600, "--batch-size", 2)
 
 
@@ -48,7 +49,8 @@ def test_the_seeds_question_is_answered(cli: Cli) -> None:
         ("llama-65b", "3x48GiB", "fsdp", {"--quantize"}),
         ("llama-65b", "2x48GiB", "auto", {"--quantize"}),
         ("llama-13b", "2x24GiB", "ddp", {"--quantize", "--parallel"}),
-        ("llama-13b", "24GiB", "split", {"--quantize", "--gpus"}),
+        ("llama-13b", "24GiB", "split", {"--quantize", "--gpus", "--cpu"}),
+        ("llama-30b", "2x30GiB", "auto", {"--quantize", "--gpus", "--cpu"}),
     ],
 )
 def test_what_does_not_fit_exits_9_with_changes_that_do(
@@ -105,6 +107,34 @@ def test_auto_takes_the_first_way_that_fits(cli: Cli) -> None:
     assert way("llama-7b", "2x13GiB") == "fsdp"
     assert way("llama-7b", "24GiB") == "split"
     assert way("llama-30b", "2x24GiB", "--quantize", "int8") == "split"
+
+
+def test_layers_lie_in_cpu_memory_where_it_is_asked_for(cli: Cli, tmp_path: Path) -> None:
+    command = ("plan-devices", *OFFLOAD, "--quantize", "none")
+    ran, path = cli(*command, "--output", tmp_path / "plan.json", "--json"), tmp_path / "plan.json"
+    assert ran.code == 0
+    assert [device["name"] for device in ran.json["devices"]] == ["cuda:0", "cpu"]
+    on_cpu = [name for name, place in ran.json["device_map"].items() if place == "cpu"]
+    assert on_cpu == [f"model.layers.{layer}" for layer in range(len(on_cpu))]
+    assert ran.json["devices"][1]["bytes"]["weights"] == len(on_cpu) * 404_766_720  # 2 bytes of 202,383,360
+    assert ran.json["peak_bytes"] == ran.json["devices"][0]["peak_bytes"]
+    assert json.loads(path.read_text())["device_map"] == ran.json["device_map"]
+    shown = cli(*command)
+    assert f"{len(on_cpu)} of 32 layers lie in CPU memory" in shown.out
+    assert [line.split()[0] for line in shown.out.splitlines()[1:3]] == ["cuda:0", "cpu"]
+    compared = cli(*command, "--compare", "--json").json["compared"]
+    assert [plan["fits"] for plan in compared] == [True, False, True]
+    assert [len(plan["devices"]) for plan in compared] == [2, 1, 2]  # int8 isn't offloaded
+    auto = cli(*command, "--parallel", "auto", "--json").json
+    assert (auto["device_map"], auto["parallel"]) == (ran.json["device_map"], "split")
+
+
+def test_auto_takes_the_most_that_fits_with_layers_in_cpu_memory(cli: Cli) -> None:
+    found = cli("plan-devices", *OFFLOAD, "--batch-size", "auto", "--json").json
+    most = found["settings"]["batch_size"]
+    assert found["fits"]
+    assert cli("plan-devices", *OFFLOAD, "--batch-size", most, "--json").json["peak_bytes"] == found["peak_bytes"]
+    assert cli("plan-devices", *OFFLOAD, "--batch-size", most + 1).code == 9
 
 
 def test_compare_shows_every_way_with_every_base(cli: Cli) -> None:
@@ -175,7 +205,11 @@ def test_a_folder_and_another_family_are_planned_too(cli: Cli, tmp_path: Path) -
         (["llama-7b", "--gpus", "24"], 2, "--gpus: found '24', need sizes with a unit"),
         (["llama-7b", "--gpus", "0GiB"], 2, "--gpus: found '0GiB', need sizes with a unit"),
         (["llama-7b", "--gpus", "-24GiB"], 2, "--gpus: found '-24GiB', need sizes with a unit"),
-        (["llama-7b", "--gpus", "24GiB", "--cpu", "8GiB"], 2, "nothing is offloaded"),
+        (["llama-7b", "--gpus", "24GiB", "--cpu", "8GiB,8GiB"], 2, "found 2 sizes of --cpu, need one"),
+        ([*OFFLOAD, "--quantize", "int8"], 2, "--cpu beside --gpus: found --quantize int8, need none, nf4 or fp4"),
+        ([*OFFLOAD, "--no-gradient-checkpointing"], 2, "--cpu beside --gpus: found no gradient checkpointing"),
+        ([*OFFLOAD, "--parallel", "fsdp"], 2, "--cpu beside --gpus: found --parallel fsdp, need split"),
+        (["llama-65b", "--gpus", "24GiB", "--cpu", "8GiB"], 9, "found a need of"),
         (["llama-7b", "--gpus", "2x24GiB", "--parallel", "fsdp", "--quantize", "int8"], 2, "found --quantize int8"),
         (["llama-7b", "--gpus", "24GiB", "--target-modules", "query"], 3, "matches no linear layer of llama-7b"),
         (["owner/unknown", "--gpus", "24GiB"], 12, "owner/unknown: found no such folder and no answer of the Hub"),

@@ -180,9 +180,10 @@ def test_what_isnt_a_size_with_its_unit_is_refused(typed: object) -> None:
     )
 
 
-def test_one_kind_of_device_is_planned_for() -> None:
-    for values in ({"gpus": "24GiB", "cpu": "8GiB"}, {"cpu": "8GiB,8GiB"}):
-        assert "nothing is offloaded" in refused(PlanDevicesConfig, (None, {"model": "m", **values})).message
+def test_there_is_one_cpu() -> None:
+    for values in ({"gpus": "24GiB", "cpu": "8GiB,8GiB"}, {"cpu": "2x8GiB"}):
+        error = refused(PlanDevicesConfig, (None, {"model": "m", **values}))
+        assert "found 2 sizes of --cpu, need one" in error.message
 
 
 @by_name

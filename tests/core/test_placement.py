@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from lorakit.core.errors import InputRefused, Mismatch, OutOfMemory
+from lorakit.core.errors import EnvironmentUnusable, InputRefused, Mismatch, OutOfMemory, UsageError
 from lorakit.core.memory import Part, StepMemory, Workload
 from lorakit.core.placement import (
     Device,
+    corrected,
     get_device_map,
     make_plan,
     plan_run,
@@ -76,6 +77,19 @@ def test_no_cut_leaves_the_fullest_device_emptier(seed: int) -> None:
     plan = make_plan(found, budgets, work, "split")
     assert plan.share == pytest.approx(smallest_share_by_trying_all(found, budgets, work), rel=1e-12)
     assert plan.fits is (plan.share <= 1)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_many_equal_devices_are_used_as_well_as_a_few(seed: int) -> None:
+    """More than the model has pieces, with other ones before and after them."""
+    rng = random.Random(seed)
+    found = uneven(rng, tied=False)
+    while found.num_layers > 3:
+        found = uneven(rng, tied=False)
+    sizes = [rng.randint(700, 1500), *[rng.randint(900, 1000)] * 8, *[rng.randint(700, 1500) for _ in range(2)]]
+    budgets: dict[Device, int] = {place: size * 2**20 for place, size in enumerate(sizes)}
+    plan = make_plan(found, budgets, workload(), "split")
+    assert plan.share == pytest.approx(smallest_share_by_trying_all(found, budgets, workload()), rel=1e-12)
 
 
 @pytest.mark.parametrize("gradient_checkpointing", [True, False])
@@ -149,6 +163,162 @@ def test_what_is_known_to_fit_fits(name: str, gpus: list[int], given: dict[str, 
 )
 def test_what_is_known_not_to_fit_does_not(name: str, gpu: int, given: dict[str, Any]) -> None:
     assert not make_plan(shape(name), {0: gpu * GIB}, workload(**given), "split").fits
+
+
+# Offload
+
+
+def fewest_by_trying_all(found: Shape, budgets: dict[Device, int], work: Workload) -> tuple[int, float] | None:
+    """The fewest layers in CPU memory with which the GPUs hold the rest, and how full the fullest GPU is at best with
+    so few: over all cuts, with the first layers of each piece offloaded, but never what ends it. None: nothing fits."""
+    sizes = [size for device, size in budgets.items() if device != "cpu"]
+    links = found.num_layers + 2
+    ways = [[0, *way, links] for way in itertools.combinations_with_replacement(range(links + 1), len(sizes) - 1)]
+    fitting = []
+    for cut in ways:
+        pieces = list(itertools.pairwise(cut))
+        layers = [[link - 1 for link in range(a, b) if 0 < link < links - 1] for a, b in pieces]
+        possible = [range(max(1, len(own) + (b == links > a))) for own, (a, b) in zip(layers, pieces, strict=True)]
+        for counts in itertools.product(*possible):
+            memory, shares = StepMemory(found, work, offloads=sum(counts) > 0), []
+            for (a, b), own, count, size in zip(pieces, layers, counts, sizes, strict=True):
+                first, end = (own[0], own[-1] + 1) if own else (0, 0) if a == 0 else (found.num_layers,) * 2
+                embedding, norm = a == 0 < b, a < b == links
+                part = Part(first, end, embedding, norm, embedding if found.tied else norm, count)
+                shares.append(memory.peak(part).total / size if a < b else 0.0)
+            if max(shares) <= 1:
+                fitting.append((sum(counts), max(shares)))
+    return min(fitting, default=None)
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_the_fewest_layers_are_offloaded(seed: int) -> None:
+    """So that a plan fits exactly when some way does, and the fullest GPU is as empty as it can be then."""
+    rng = random.Random(seed)
+    found = uneven(rng, tied=seed % 3 == 0)
+    budgets: dict[Device, int] = {i: rng.randint(820, 1150) * 2**20 for i in range(rng.randint(1, 3))}
+    work = workload(quantize=rng.choice(["none", "nf4"]), block_size=64, accumulates=seed % 2 == 0)
+    plan = make_plan(found, {**budgets, "cpu": 64 * GIB}, work, "split")
+    expected = fewest_by_trying_all(found, budgets, work)
+    assert plan.fits is (expected is not None)
+    if expected is not None:
+        fullest = max(load.share for load in plan.loads if load.device != "cpu")
+        assert (len(plan.computed_on), fullest) == (expected[0], pytest.approx(expected[1], rel=1e-12))
+
+
+def test_those_trials_come_to_every_end() -> None:
+    """Of the models and budgets above some fit, some fit with offload only, and some don't."""
+    ends = set()
+    for seed in range(50):
+        rng = random.Random(seed)
+        found = uneven(rng, tied=seed % 3 == 0)
+        budgets: dict[Device, int] = {i: rng.randint(820, 1150) * 2**20 for i in range(rng.randint(1, 3))}
+        work = workload(quantize=rng.choice(["none", "nf4"]), block_size=64, accumulates=seed % 2 == 0)
+        plan = make_plan(found, {**budgets, "cpu": 64 * GIB}, work, "split")
+        ends.add((plan.fits, min(len(plan.computed_on), 2)))
+    assert {(True, 0), (True, 2)} <= ends
+    assert any(not fits for fits, _ in ends)
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "given"),
+    [
+        ("llama-2-7b", [10], {}),
+        ("llama-3-8b", [6, 8], {}),
+        ("llama-3.2-1b", [3], {}),
+        ("llama-2-7b", [10], {"quantize": "nf4", "block_size": 2048, "batch_size": 8}),  # whose hidden states are large
+        ("llama-2-7b", [12], {"quantize": "fp4", "block_size": 2048, "batch_size": 8}),
+    ],
+)
+def test_one_layer_less_offloaded_would_not_fit(name: str, sizes: list[int], given: dict[str, Any]) -> None:
+    found, budgets, work = shape(name), {place: size * GIB for place, size in enumerate(sizes)}, workload(**given)
+    plan = make_plan(found, {**budgets, "cpu": 64 * GIB}, work, "split")
+    assert plan.fits
+    assert plan.computed_on
+    assert make_plan(found, {**budgets, "cpu": 64 * GIB}, work, "split") == plan
+    memory = StepMemory(found, work, offloads=True)
+    of_layers = memory.layers[0].moved * len(plan.computed_on)
+    assert plan.offloaded_bytes == plan.loads[-1].bytes.weights == of_layers
+    on_gpus = sum(load.bytes.weights for load in plan.loads[:-1])
+    whole = memory.peak(Part(0, found.num_layers, True, True, True)).weights
+    assert whole <= on_gpus + of_layers <= whole + len(sizes) * memory.layers[0].moved  # and a copy on each
+    assert plan.peak_bytes == max(load.bytes.total for load in plan.loads[:-1])
+    assert plan.tokens_per_second < make_plan(found, {0: 80 * GIB}, work, "split").tokens_per_second  # type: ignore[operator]
+    if len(sizes) == 1:
+        fewer = memory.peak(Part(0, found.num_layers, True, True, True, len(plan.computed_on) - 1))
+        assert fewer.total > budgets[0]
+
+
+def test_where_the_gpus_hold_all_nothing_is_offloaded() -> None:
+    found, budgets = shape("llama-7b"), {0: 10 * GIB, 1: 10 * GIB}
+    plan, plain = (make_plan(found, given, workload(), "split") for given in ({**budgets, "cpu": GIB}, budgets))
+    assert (plan.device_map, plan.loads[:-1], plan.computed_on) == (plain.device_map, plain.loads, {})
+    assert plan.loads[-1].bytes.total == 0
+
+
+def test_what_the_cpu_does_not_hold_does_not_fit() -> None:
+    found = shape("llama-2-13b")
+    needed = make_plan(found, {0: 12 * GIB, "cpu": 64 * GIB}, workload(), "split").loads[-1].bytes.total
+    assert make_plan(found, {0: 12 * GIB, "cpu": needed}, workload(), "split").fits
+    assert not make_plan(found, {0: 12 * GIB, "cpu": needed - 1}, workload(), "split").fits
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("seed", range(20))
+def test_a_map_with_layers_on_the_cpu_says_which_gpu_computes_them(seed: int, tied: bool) -> None:
+    rng = random.Random(seed)
+    found, work = uneven(rng, tied=tied), workload(block_size=64)
+    budgets: dict[Device, int] = {i: rng.randint(820, 1000) * 2**20 for i in range(rng.randint(1, 3))}
+    plan = make_plan(found, {**budgets, "cpu": 64 * GIB}, work, "split")
+    assert plan.device_map is not None
+    assert {name for name, place in plan.device_map.items() if place == "cpu"} == set(plan.computed_on)
+    now: dict[Device, int] = {**dict.fromkeys(budgets, GIB), "cpu": GIB}
+    again = make_plan(found, now, work, "split", plan.device_map)
+    assert [load.bytes for load in again.loads] == [load.bytes for load in plan.loads]
+    assert (again.device_map, again.computed_on) == (plan.device_map, plan.computed_on)
+    assert with_attention(again, "varlen").computed_on == plan.computed_on
+    assert corrected(again, 1.0) == again
+
+
+@pytest.mark.parametrize(
+    ("parallel", "given", "words"),
+    [
+        ("ddp", {}, "found --parallel ddp, need split"),
+        ("fsdp", {}, "found --parallel fsdp, need split"),
+        ("split", {"gradient_checkpointing": False}, "found no gradient checkpointing"),
+        ("split", {"quantize": "int8"}, "found --quantize int8, need none, nf4 or fp4"),
+    ],
+)
+def test_what_cant_be_offloaded_is_refused(parallel: Any, given: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        make_plan(shape("llama-7b"), {0: 8 * GIB, "cpu": 64 * GIB}, workload(**given), parallel)
+
+
+def test_a_map_with_other_layers_on_the_cpu_is_refused() -> None:
+    found, work, budgets = shape("llama-7b"), workload(), {0: 10 * GIB, "cpu": 64 * GIB}
+    made = make_plan(found, budgets, work, "split").device_map
+    assert made is not None
+    assert made["model.layers.0"] == "cpu"
+    for changed in ({"model.layers.30": "cpu"}, {"model.norm": "cpu"}, {"model.embed_tokens": "cpu"}):
+        with pytest.raises(InputRefused, match="consecutive layers of this model"):
+            make_plan(found, budgets, work, "split", {**made, **changed})
+    with pytest.raises(InputRefused, match="consecutive layers of this model"):
+        make_plan(found, {0: 10 * GIB}, work, "split", made)  # without the CPU
+
+
+def test_a_plan_with_offload_is_followed_where_there_are_gpus(tmp_path: Path) -> None:
+    found, work, path = shape("llama-7b"), workload(), tmp_path / "plan.json"
+    made = make_plan(found, {0: 10 * GIB, "cpu": 64 * GIB}, work, "split")
+    path.write_text(json.dumps(made.as_json()))
+    run = plan_run(found, work, {0: 11 * GIB, 1: 11 * GIB, "cpu": 32 * GIB}, path)
+    assert run.fits
+    assert (run.device_map, run.computed_on) == (made.device_map, made.computed_on)
+    assert not plan_run(found, work, {0: 11 * GIB, "cpu": 2 * GIB}, path).fits
+    with pytest.raises(EnvironmentUnusable, match="found cpu on this machine, need cuda:0 too"):
+        plan_run(found, work, {"cpu": 64 * GIB}, path)
+    path.write_text(json.dumps(make_plan(found, {"cpu": 64 * GIB}, work, "split").as_json()))
+    with pytest.raises(EnvironmentUnusable, match="found cuda:0 on this machine, need cpu too"):
+        plan_run(found, work, {0: 80 * GIB, "cpu": 64 * GIB}, path)
 
 
 def test_a_map_loads_and_trains(tmp_path: Path) -> None:

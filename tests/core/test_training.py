@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from lorakit.core import offloading
 from lorakit.core.training import loop
 from lorakit.core.blocks import Blocks
 from lorakit.core.config import LoraSection
@@ -496,6 +498,41 @@ def test_a_run_by_a_plan_is_the_run_without(
     outside = device["bytes"]["context"] + device["bytes"]["slack"]
     assert ran.json["planned_bytes"] == without.json["planned_bytes"] == device["peak_bytes"] - outside
     assert train("with", *command, "--plan", path).json["already_done"]
+
+
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+def test_a_run_with_offloaded_layers_gives_the_same_adapter(
+    quantize: str,
+    train: Callable[..., Ran],
+    plan: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Byte for byte, and when it goes on too. The CPU stands for the GPU: no plan for GPUs can be followed here."""
+    command = ("--quantize", quantize, "--max-steps", 6, "--save-steps", 2, "--lora-dropout", "0.1")
+    assert train("without", *command).code == 0
+    original, wrapped = loop.plan_run, []
+
+    def plan_run(*given: Any) -> Any:
+        return replace(original(*given), computed_on={"model.layers.0": "cpu"})
+
+    def stopping(run: Any) -> Any:
+        wrapped.append(len(offloading.offloaded(run.model)))
+        return step(run) if len(wrapped) != 4 else _interrupted()
+
+    step = loop.Run._step
+    monkeypatch.setattr(loop, "plan_run", plan_run)
+    monkeypatch.setattr(loop.Run, "_step", stopping)
+    by_plan = (*command, "--plan", plan("--quantize", quantize, "--lora-dropout", "0.1"))
+    assert train("with", *by_plan).code == 130
+    assert train("with", *by_plan).json["resumed_from"] == 2
+    assert set(wrapped) == {9}
+    assert adapter_bytes(tmp_path / "with") == adapter_bytes(tmp_path / "without")
+    assert losses(tmp_path / "with") == losses(tmp_path / "without")
+
+
+def _interrupted() -> None:
+    raise KeyboardInterrupt
 
 
 def test_planned_is_for_the_attention_that_runs(train: Callable[..., Ran], plan: Callable[..., Path]) -> None:

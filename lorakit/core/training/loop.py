@@ -205,18 +205,20 @@ class Run:
             return dict.fromkeys(range(self.world.size), free)
         # what is asked has its context by then, which the plan counts
         asked = range(torch.cuda.device_count()) if everything else (torch.cuda.current_device(),)
-        return {number: torch.cuda.mem_get_info(number)[0] + CONTEXT_BYTES for number in asked}
+        gpus: Budgets = {number: torch.cuda.mem_get_info(number)[0] + CONTEXT_BYTES for number in asked}
+        # the CPU's is for layers that a plan offloads
+        return {**gpus, "cpu": free_ram_bytes()} if self.config.devices.plan is not None else gpus
 
     def _make_model(self, weights: Weights, dtype: torch.dtype) -> PeftModel:
         """The base with its attention, and LoRA on it."""
         config, world = self.config, self.world
-        split = self.plan is not None and (config.devices.plan is not None or config.devices.parallel == "split")
+        followed = self.plan if config.devices.plan is not None or config.devices.parallel == "split" else None
         base = load_base(
             weights,
             dtype,
             torch.device("cpu") if world.parallel == "fsdp" else self.device,
             config.model.quantize,
-            self.plan.device_map if self.plan is not None and split else None,
+            *((followed.device_map, followed.computed_on) if followed is not None else ()),
             double_quantization=config.model.double_quantization,
             int8_threshold=config.model.int8_threshold,
         )
@@ -261,10 +263,10 @@ class Run:
                 cut_back(self.folder / name, self.state.step)
             names = (METRICS, SAMPLES) if self.prompts else (METRICS,)
             self._files = {name: disk.AppendedFile(self.folder / name) for name in names}
-            if (name := self.config.saving.track) is not None:
+            if (tracker := self.config.saving.track) is not None:
                 place, settings = self.folder / TRACKING, self.config.flat()
                 self._tracker = open_tracker(
-                    name, self.folder.name, place, settings, self.report, after_step=self.state.step
+                    tracker, self.folder.name, place, settings, self.report, after_step=self.state.step
                 )
         try:
             if self.state.step == 0 and self.config.evaluation.eval_steps is not None:
