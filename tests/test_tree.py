@@ -20,15 +20,15 @@ FLOORS = (
     ("errors", "events"),
     ("config", "disk"),
     ("artifacts",),
-    ("templates", "weights", "hub", "environment"),
-    ("records", "profiling", "shapes"),
+    ("templates", "weights", "hub", "environment", "elastic"),
+    ("records", "profiling", "shapes", "accelerate_config"),
     ("readers", "tokenization", "attention.implementations", "memory"),
     ("sources", "packing", "blocks", "adapters", "attention.cases", "attention.miniature", "placement"),
     ("preparing", "model", "attention.trials"),
     ("attention.proving",),
     ("attention",),
     ("evaluation", "generation"),
-    ("training", "merging", "starter", "probing"),
+    ("training", "merging", "starter", "probing", "launching"),
     ("planning",),
 )
 """The rooms of the core from the ground up; rooms on one floor don't import each other."""
@@ -47,6 +47,8 @@ WITHOUT_TORCH = (
         "placement",
         "preparing",
         "planning",
+        "accelerate_config",
+        "launching",
     ),
 )
 

@@ -12,20 +12,21 @@ base           the pretrained model; it is never changed
 adapter        the LoRA matrices that training makes, in PEFT's format
 merged model   base + adapter as one ordinary model
 artifact       a folder with a manifest (`lorakit.json`): whole, or not there
+worker, rank   a process of a parallel run, and its number among all of them
 run folder     what `train` writes: checkpoints and metrics while it runs, the adapter at its end
 
 Imports go down only:
 
     planning
-        training, merging, starter, probing
+        training, merging, starter, probing, launching
             evaluation, generation
                 attention
                     attention.proving
                         preparing, model, attention.trials
                             sources, packing, blocks, adapters, attention.cases, attention.miniature, placement
                                 readers, tokenization, attention.implementations, memory
-                                    records, profiling, shapes
-                                        templates, weights, hub, environment
+                                    records, profiling, shapes, accelerate_config
+                                        templates, weights, hub, environment, elastic
                                             artifacts
                                                 config, disk
                                                     errors, events
