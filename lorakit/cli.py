@@ -76,7 +76,11 @@ def _nothing() -> None: ...
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code. Every failure is `error:` and `hint:`, never a traceback."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments is None:
+        code = main(sys.argv[1:])
+        for number in (signal.SIGTERM, signal.SIGINT):  # the code is settled, and libraries clean up
+            signal.signal(number, signal.SIG_IGN)
+        return code
     signal.signal(signal.SIGTERM, _terminate)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on some CPUs its import advises to install kernels
     try:

@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console as RichConsole
 from rich.text import Text
 
-from lorakit.core.errors import LorakitError
+from lorakit.core.errors import LorakitError, Stopped
 from lorakit.core.events import Notice, Progress
 
 _SECONDS_BETWEEN_LINES = 10.0
@@ -224,6 +224,13 @@ class Signals:
     def __exit__(self, *_: object) -> None:
         for which, handler in self._before.items():
             signal.signal(which, handler)
+
+    def stop_if_asked(self) -> None:
+        """Raises Stopped where one has come; for before there is anything to save."""
+        if self.asked is not None:
+            interrupted = self.asked == "interrupt"
+            name = "Ctrl-C" if interrupted else "SIGTERM"
+            raise Stopped(f"found {name}, need time", "run the same command again", interrupted=interrupted)
 
     def _ask(self, which: int, frame: FrameType | None) -> None:
         if self.asked is not None:

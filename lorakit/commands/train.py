@@ -28,11 +28,12 @@ def run(config: "TrainConfig", console: Console) -> None:
     if worker is None and launching.starts_workers(config):
         options = [name for name, given in (("--json", console.json), ("--quiet", console.quiet)) if given]
         raise SystemExit(launching.launch_command("train", config, options, console.report))
-    from lorakit.core.training import train
-
     blocks = config.data.blocks
     target = config.output.output or Path("runs").absolute() / f"{Path(config.model.model).name}-{blocks[0].name}"
     with Signals(worker=worker is not None) as signals:
+        from lorakit.core.training import train  # libraries catch what a signal would raise while they are imported
+
+        signals.stop_if_asked()
         trained = train(config, target, blocks, console.report, lambda: signals.asked)
     planned = f", {trained.planned_bytes / 2**30:.2f} planned for tensors" if trained.planned_bytes else ""
     console.summary(

@@ -37,8 +37,11 @@ _FIRST_FAILURE = "lorakit/first_failure"
 class Supervisor(Protocol):
     """Who watches the workers of this machine; `launching.Watch` is one."""
 
-    def take_signals(self) -> None:
-        """From now on signals are the supervisor's."""
+    def meeting(self) -> None:
+        """Machines are waited for from now on."""
+
+    def starting(self) -> None:
+        """Workers are started from now on: what is raised would leave some of them behind."""
 
     def wait(self, workers: Mapping[int, "Popen[bytes]"], others: "Others") -> None:
         """Return once every worker has ended. `workers`: by their rank."""
@@ -97,6 +100,7 @@ def run(
     hint += "an address and a free port of one of them, which all others can reach"
     handler = None
     try:
+        supervisor.meeting()
         handler = _meet(parameters)
         spec = WorkerSpec(
             role="lorakit",
@@ -167,7 +171,7 @@ class _Agent(LocalElasticAgent):
         self._supervisor, self._alone = supervisor, alone
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
-        self._supervisor.take_signals()
+        self._supervisor.starting()
         # Workers inherit that signals wait, and let them in (cli.main) once they can answer them.
         held = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
         try:

@@ -116,12 +116,12 @@ def launch(
 def start(program: Sequence[str], num_processes: int, num_machines: int, rendezvous: str | None, report: Report) -> int:
     """`launch` for any program that ends with lorakit's exit codes."""
     environment.ready_for_workers(num_processes)
-    from lorakit.core import elastic  # torch comes with it, and reads its log level then
-
-    if num_machines > 1:
-        report(Notice(f"waits at {rendezvous} until {num_machines} machines run this command"))
     watch = Watch()
     with watch:
+        from lorakit.core import elastic  # torch comes with it, and reads its log level then
+
+        if num_machines > 1:
+            report(Notice(f"waits at {rendezvous} until {num_machines} machines run this command"))
         elastic.run(program, num_processes, num_machines, rendezvous, watch)
     return watch.exit_code()
 
@@ -147,10 +147,12 @@ class End:
 
 
 class Watch:
-    """The workers of this machine, from their start to the end of the last."""
+    """The workers of this machine, from before their start to the end of the last. Signals are noted, and passed on to
+    the workers; only while machines meet, which may take minutes, they end the waiting."""
 
     def __init__(self) -> None:
         self.ends: dict[int, End] = {}
+        self._waits_for_machines = False
         self._asked: signal.Signals | None = None
         self._asked_at = 0.0
         self._insisted = False
@@ -159,19 +161,15 @@ class Watch:
         self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> "Watch":
-        numbers = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
-        self._handlers = {number: signal.getsignal(number) for number in numbers}
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            self._handlers[number] = signal.getsignal(number)
+            if number != signal.SIGHUP or self._handlers[number] == signal.SIG_DFL:  # ignored under nohup
+                signal.signal(number, self._ask)
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
-
-    def take_signals(self) -> None:
-        """Pass signals on to the workers from now on; before, they were the command's own."""
-        for number, handler in self._handlers.items():
-            if number != signal.SIGHUP or handler == signal.SIG_DFL:  # ignored under nohup
-                signal.signal(number, self._ask)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
@@ -179,6 +177,20 @@ class Watch:
             self._asked, self._asked_at = signal.SIGINT if number == signal.SIGINT else signal.SIGTERM, now
         elif now - self._asked_at > _SAME_SIGNAL_SECONDS:
             self._insisted = True
+        if self._waits_for_machines:
+            self.meeting()
+
+    def meeting(self) -> None:
+        """Machines are waited for from now on. Raises Stopped where a signal has come, or as soon as one comes."""
+        if self._asked is not None:
+            self._waits_for_machines = False
+            name, interrupted = self._asked.name, self._asked == signal.SIGINT
+            raise Stopped(f"found {name}, need time", "run the same command again", interrupted=interrupted)
+        self._waits_for_machines = True
+
+    def starting(self) -> None:
+        """Workers are started from now on."""
+        self._waits_for_machines = False
 
     def wait(self, workers: Mapping[int, "Popen[bytes]"], others: "Others") -> None:
         """Return when all have ended, by themselves or killed because of a failure or a second signal."""
