@@ -187,4 +187,4 @@ class _Agent(LocalElasticAgent):
         return RunResult(state=WorkerState.SUCCEEDED, return_values=dict.fromkeys(workers))
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
-        super()._shutdown(signal.SIGKILL, 5)  # only where something went wrong in here is anyone left
+        super()._shutdown(signal.SIGKILL)  # only where something went wrong in here is anyone left
