@@ -20,6 +20,7 @@ from typer.exceptions import TyperException
 from lorakit import __version__
 from lorakit.commands import chat, demo, evaluate, merge, patch_attention, plan_devices, prepare, train
 from lorakit.console import Console
+from lorakit.core import environment
 from lorakit.core.errors import (
     ExitCode,
     LorakitError,
@@ -75,10 +76,15 @@ def _nothing() -> None: ...
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code. Every failure is `error:` and `hint:`, never a traceback."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments is None:
+        code = main(sys.argv[1:])
+        for number in (signal.SIGTERM, signal.SIGINT):  # the code is settled, and libraries clean up
+            signal.signal(number, signal.SIG_IGN)
+        return code
     signal.signal(signal.SIGTERM, _terminate)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on some CPUs its import advises to install kernels
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGINT))  # held until now by the launcher
         app: Any = typer.main.get_command(build_app(arguments))
         code = app.main(arguments, prog_name="lorakit", standalone_mode=False)
         if code == ExitCode.INTERRUPTED:  # typer's word for Ctrl-C
@@ -88,6 +94,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(error)
     except TyperException as error:
         return _fail(_usage(error))
+    except SystemExit as ended:  # what the workers of a parallel run agreed on, and have printed
+        return int(ended.code or ExitCode.DONE)
+    except _Terminated:
+        return _fail(Stopped("found SIGTERM, need time", "run the same command again"))
     except (KeyboardInterrupt, typer.Abort):
         return _fail(Stopped("found Ctrl-C, need time", "run the same command again", interrupted=True))
     except OSError as error:
@@ -97,8 +107,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fail(error: LorakitError) -> int:
-    Console().error(error)
+    rank = _rank()
+    if rank is None or not error.shared:
+        Console().error(error, "" if rank is None else f"rank {rank}: ")
+    elif rank == 0:
+        Console().error(error)
     return int(error.exit_code)
+
+
+def _rank() -> int | None:
+    """This process's number, where it is one of several."""
+    try:
+        worker = environment.worker()
+    except LorakitError:
+        return None
+    return worker.rank if worker is not None and worker.world_size > 1 else None
 
 
 def _usage(error: TyperException) -> UsageError:
@@ -127,5 +150,10 @@ def _bug(error: Exception) -> LorakitError:
     )
 
 
+class _Terminated(BaseException):
+    """SIGTERM outside of a command that saves first. No Exception: libraries catch those while they are imported."""
+
+
 def _terminate(number: int, frame: FrameType | None) -> None:
-    raise Stopped("found SIGTERM, need time", "run the same command again")
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one mustn't cut the message off
+    raise _Terminated

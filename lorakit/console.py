@@ -17,23 +17,27 @@ from typing import Any
 from rich.console import Console as RichConsole
 from rich.text import Text
 
-from lorakit.core.errors import LorakitError
+from lorakit.core.errors import LorakitError, Stopped
 from lorakit.core.events import Notice, Progress
 
 _SECONDS_BETWEEN_LINES = 10.0
 
 
 class Console:
-    """What a command shows. `json`: one JSON object on stdout. `quiet`: errors and results only."""
+    """What a command shows. `json`: one JSON object on stdout. `quiet`: errors and results only. `silent`: nothing."""
 
-    def __init__(self, *, json: bool = False, quiet: bool = False) -> None:
-        self.json, self.quiet = json, quiet
-        self._out = _Stream(highlight=False, soft_wrap=True)
-        self._err = _Stream(stderr=True, highlight=False, soft_wrap=True)
+    def __init__(self, *, json: bool = False, quiet: bool = False, silent: bool = False) -> None:
+        self.json, self.quiet = json, quiet or silent
+        self._out = _Stream(highlight=False, soft_wrap=True, quiet=silent)
+        self._err = _Stream(stderr=True, highlight=False, soft_wrap=True, quiet=silent)
         self._bar: Any = None
         self._last_line = time.monotonic()
         self._began: dict[str, tuple[float, int]] = {}
         """When each task was first heard of, and how much of it was done."""
+
+    def of_rank(self, rank: int) -> "Console":
+        """Of the processes of a parallel run only the first speaks; the others' errors are printed all the same."""
+        return self if rank == 0 else Console(json=self.json, silent=True)
 
     def note(self, text: str) -> None:
         """One line for the person at the keyboard."""
@@ -45,10 +49,11 @@ class Console:
         if not self.quiet and not self.json:
             self._print(self._err, Text("hint: ", style="cyan").append(text, style="default"))
 
-    def error(self, error: LorakitError) -> None:
+    def error(self, error: LorakitError, who: str = "") -> None:
+        """A failure and what to do, in one piece: several processes may write at once. `who`: what stands in front."""
         self.stop_progress()
-        self._print(self._err, Text("error: ", style="bold red").append(error.message, style="default"))
-        self._print(self._err, Text("hint: ", style="cyan").append(error.hint, style="default"))
+        text = Text(who).append("error: ", style="bold red").append(error.message)
+        self._print(self._err, text.append(f"\n{who}").append("hint: ", style="cyan").append(error.hint))
 
     def say(self, text: str, end: str = "\n") -> None:
         """A piece of the command's result, as text on stdout; nothing with --json."""
@@ -205,10 +210,12 @@ class _Stream(RichConsole):
 
 
 class Signals:
-    """SIGTERM and Ctrl-C as a flag that a long run asks for at its safe points; a second one ends it at once."""
+    """SIGTERM and Ctrl-C as a flag that a long run asks for at its safe points; a second one ends it at once, except in
+    a `worker`, which its launcher ends."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, worker: bool = False) -> None:
         self.asked: str | None = None
+        self._worker = worker
 
     def __enter__(self) -> "Signals":
         self._before = {which: signal.signal(which, self._ask) for which in (signal.SIGINT, signal.SIGTERM)}
@@ -218,7 +225,16 @@ class Signals:
         for which, handler in self._before.items():
             signal.signal(which, handler)
 
+    def stop_if_asked(self) -> None:
+        """Raises Stopped where one has come; for before there is anything to save."""
+        if self.asked is not None:
+            interrupted = self.asked == "interrupt"
+            name = "Ctrl-C" if interrupted else "SIGTERM"
+            raise Stopped(f"found {name}, need time", "run the same command again", interrupted=interrupted)
+
     def _ask(self, which: int, frame: FrameType | None) -> None:
         if self.asked is not None:
-            raise KeyboardInterrupt
+            if not self._worker:
+                raise KeyboardInterrupt
+            return
         self.asked = "interrupt" if which == signal.SIGINT else "terminate"

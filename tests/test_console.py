@@ -393,3 +393,11 @@ def test_a_first_signal_is_a_request_and_a_second_ends_at_once() -> None:
                 os.kill(os.getpid(), signal.SIGINT)
                 time.sleep(1)
         assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_a_worker_leaves_a_second_signal_to_its_launcher() -> None:
+    with Signals(worker=True) as signals:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+            time.sleep(0)
+        assert signals.asked == "terminate"

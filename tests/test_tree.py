@@ -20,15 +20,15 @@ FLOORS = (
     ("errors", "events"),
     ("config", "disk"),
     ("artifacts",),
-    ("templates", "weights", "hub", "environment", "reporting"),
-    ("records", "profiling", "shapes", "parallel", "tracking"),
+    ("templates", "weights", "hub", "environment", "elastic", "reporting"),
+    ("records", "profiling", "shapes", "parallel", "tracking", "accelerate_config"),
     ("readers", "tokenization", "attention.implementations", "memory"),
     ("sources", "packing", "blocks", "adapters", "offloading", "attention.cases", "attention.miniature", "placement"),
     ("preparing", "model", "attention.trials"),
     ("attention.proving",),
     ("attention",),
     ("evaluation", "generation"),
-    ("training", "merging", "starter", "probing"),
+    ("training", "merging", "starter", "probing", "launching"),
     ("planning",),
 )
 """The rooms of the core from the ground up; rooms on one floor don't import each other."""
@@ -49,6 +49,8 @@ WITHOUT_TORCH = (
         "planning",
         "reporting",
         "tracking",
+        "accelerate_config",
+        "launching",
     ),
 )
 

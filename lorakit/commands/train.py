@@ -16,24 +16,24 @@ def run(config: "TrainConfig", console: Console) -> None:
 
     Example: lorakit train --model ./model --blocks blocks --output runs/mine
     """
-    from lorakit.core.config import DatasetSection, OutputSection, PrepareConfig, PreviewSection, SplitSection
-    from lorakit.core.preparing import prepare
-    from lorakit.core.training import train
+    from lorakit.core import accelerate_config, environment, launching
+    from lorakit.core.preparing import with_blocks
 
+    worker = environment.worker()
+    if worker is not None:
+        environment.stop_with_parent()
+        console = console.of_rank(worker.rank)
+    config = launching.in_world(accelerate_config.translated(config, console.report), worker)
+    config = with_blocks(config, console.report)
+    if worker is None and launching.starts_workers(config):
+        options = [name for name, given in (("--json", console.json), ("--quiet", console.quiet)) if given]
+        raise SystemExit(launching.launch_command("train", config, options, console.report))
     blocks = config.data.blocks
-    if config.data.dataset:
-        request = PrepareConfig(
-            data=DatasetSection(dataset=config.data.dataset, tokenizer=config.model.model),
-            tokens=config.tokens,
-            rows=config.rows,
-            held_out=SplitSection(seed=config.batch.seed),
-            packing=config.packing,
-            output=OutputSection(),
-            preview=PreviewSection(),
-        )
-        blocks = (prepare(request, console.report).path,)
     target = config.output.output or Path("runs").absolute() / f"{Path(config.model.model).name}-{blocks[0].name}"
-    with Signals() as signals:
+    with Signals(worker=worker is not None) as signals:
+        from lorakit.core.training import train  # libraries catch what a signal would raise while they are imported
+
+        signals.stop_if_asked()
         trained = train(config, target, blocks, console.report, lambda: signals.asked)
     planned = f", {trained.planned_bytes / 2**30:.2f} planned for tensors" if trained.planned_bytes else ""
     console.summary(

@@ -12,12 +12,13 @@ base           the pretrained model; it is never changed
 adapter        the LoRA matrices that training makes, in PEFT's format
 merged model   base + adapter as one ordinary model
 artifact       a folder with a manifest (`lorakit.json`): whole, or not there
+worker, rank   a process of a parallel run, and its number among all of them
 run folder     what `train` writes: checkpoints and metrics while it runs, the adapter at its end
 
 Imports go down only:
 
     planning
-        training, merging, starter, probing
+        training, merging, starter, probing, launching
             evaluation, generation
                 attention
                     attention.proving
@@ -25,8 +26,8 @@ Imports go down only:
                             sources, packing, blocks, adapters, offloading, placement,
                             attention.cases, attention.miniature
                                 readers, tokenization, attention.implementations, memory
-                                    records, profiling, shapes, tracking
-                                        templates, weights, hub, environment, reporting
+                                    records, profiling, shapes, tracking, accelerate_config, parallel
+                                        templates, weights, hub, environment, elastic, reporting
                                             artifacts
                                                 config, disk
                                                     errors, events

@@ -1,34 +1,20 @@
 """This machine and its environment variables. The only file of the core that reads or sets one."""
 
 import base64
+import ctypes
 import hashlib
 import importlib.metadata
 import os
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from lorakit.core.errors import EnvironmentUnusable
+
 _LLAMA = "transformers/models/llama/modeling_llama.py"
-
-
-@dataclass(frozen=True)
-class Worker:
-    """One process of a parallel run, as torchrun's environment variables say."""
-
-    rank: int
-    world_size: int
-    local_rank: int
-    local_world_size: int
-
-
-def worker() -> Worker | None:
-    """Which process of a parallel run this is; None where it is no such run."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    if "RANK" not in os.environ:
-        return None
-    return Worker(*(int(os.environ[name]) for name in names))
 
 
 def usable_cores() -> int:
@@ -39,6 +25,55 @@ def usable_cores() -> int:
 def one_thread_for_tokenizers() -> None:
     """Keep the `tokenizers` library to one thread, for one of several worker processes."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+@dataclass(frozen=True)
+class Worker:
+    """This process's place in a parallel run: its number among all of them, and among those of this machine."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+
+
+_PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+_MEETING = ("MASTER_ADDR", "MASTER_PORT")
+
+
+def worker() -> Worker | None:
+    """This process's place in a parallel run, as torchrun, `accelerate launch` and lorakit's own launcher say it in the
+    environment; None where nothing of it is there.
+
+    Raises EnvironmentUnusable where only a part is there, or the numbers can't be.
+    """
+    found = {name: value for name in (*_PLACE, *_MEETING) if (value := os.environ.get(name))}
+    if not found.keys() & set(_PLACE):  # where ranks meet says nothing alone: some clusters always set it
+        return None
+    shown = " ".join(f"{name}={value}" for name, value in found.items())
+    without = f"env -u {' -u '.join(found)} lorakit …"
+    hint = f"let lorakit itself, torchrun or accelerate launch start it, or start it alone: `{without}`"
+    if missing := [name for name in (*_PLACE, *_MEETING) if name not in found]:
+        raise EnvironmentUnusable(f"found {shown} in the environment, need {', '.join(missing)} beside it", hint)
+    numbers = [int(found[name]) if re.fullmatch(r"[0-9]{1,9}", found[name]) else -1 for name in _PLACE]
+    rank, world_size, local_rank, local_world_size = numbers
+    if not (0 <= rank < world_size and 0 <= local_rank < local_world_size <= world_size):
+        raise EnvironmentUnusable(f"found {shown} in the environment, need ranks below their world sizes", hint)
+    return Worker(*numbers)
+
+
+def ready_for_workers(num_processes: int) -> None:
+    """What the processes of a parallel run inherit, unless the user says otherwise. Before torch is imported, which
+    reads its log level then."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(usable_cores() // num_processes, 1)))
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # c10d warns of every attempt to reach another machine
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ""  # none: they are the launcher's
+
+
+def stop_with_parent() -> None:
+    """Have the kernel send this process SIGTERM when the one that started it dies, however it does (Linux only)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG, prctl(2)
 
 
 def quiet_profiler() -> None:

@@ -8,7 +8,7 @@ LorakitError ─┬─ UsageError            2   an option, argument or settings
               ├─ DiskFailed            7   full, read-only or failing storage
               ├─ NonFinite             8   NaN or infinity where a number belongs
               ├─ OutOfMemory           9
-              ├─ RankFailed           10   another process of the same run failed
+              ├─ RankFailed           10   another process of a parallel run
               ├─ EnvironmentUnusable  11   a package or device that the command can't do without
               ├─ HubFailed            12   the model hub or the network
               └─ Stopped           75/130  stopped by a signal; the same command goes on
@@ -44,6 +44,10 @@ class LorakitError(Exception):
     """A failure that the user can act on: `message` says what was found and needed, `hint` what to do."""
 
     exit_code = ExitCode.BUG
+    shared = False
+    """Whether every rank of a parallel run raises it together: then only rank 0 prints it."""
+    heard = False
+    """Whether the other ranks have been told of it."""
 
     def __init__(self, message: str, hint: str) -> None:
         super().__init__(message)
@@ -56,6 +60,7 @@ class LorakitError(Exception):
 
 class UsageError(LorakitError):
     exit_code = ExitCode.USAGE
+    shared = True  # all ranks have the same command line
 
 
 class InputRefused(LorakitError):
@@ -102,6 +107,7 @@ class Stopped(LorakitError):
     """Stopped by a signal after a safe point: 75 for SIGTERM, 130 for Ctrl-C."""
 
     exit_code = ExitCode.STOPPED
+    shared = True  # a signal to the launcher goes to every rank
 
     def __init__(self, message: str, hint: str, *, interrupted: bool = False) -> None:
         super().__init__(message, hint)

@@ -193,7 +193,7 @@ def _code(error: BaseException) -> int:
 
 def _heard(rank: int, told: dict[str, Any]) -> LorakitError:
     error = RankFailed(f"rank {rank}: {told['failed']}", told["hint"] or "the same command again goes on")
-    error.heard = True  # type: ignore[attr-defined]
+    error.shared = error.heard = True
     return error
 
 

@@ -29,7 +29,17 @@ from numpy.typing import NDArray
 
 from lorakit.core import artifacts, disk
 from lorakit.core.blocks import BYTES_PER_TOKEN, TEMPLATE, TRAINING, VALIDATION, ShardMaker
-from lorakit.core.config import PrepareConfig
+from lorakit.core.config import (
+    DatasetSection,
+    OutputSection,
+    PackingSection,
+    PrepareConfig,
+    PreviewSection,
+    RowsSection,
+    SplitSection,
+    TrainConfig,
+    TrainDataSection,
+)
 from lorakit.core.environment import cache_folder, one_thread_for_tokenizers, usable_cores
 from lorakit.core.errors import InputRefused, OutOfMemory, UsageError
 from lorakit.core.events import Notice, Progress, Report
@@ -170,6 +180,24 @@ def prepare(config: PrepareConfig, report: Report) -> Prepared:
         files = _files(work, dataset, validation, target, facts, report)
         artifacts.commit(target, "blocks", files, config=config, parents=parents, facts=facts)
     return Prepared(path=target, preview=preview, cached=False, **facts)
+
+
+def with_blocks(config: TrainConfig, report: Report) -> TrainConfig:
+    """Train's settings with blocks: those of its dataset, made or found again, where it names one; raises as `prepare`.
+    What made the blocks is in their own settings and no longer in train's, as if they had been given."""
+    if not config.data.dataset:
+        return config
+    request = PrepareConfig(
+        data=DatasetSection(dataset=config.data.dataset, tokenizer=config.model.model),
+        tokens=config.tokens,
+        rows=config.rows,
+        held_out=SplitSection(seed=config.batch.seed),
+        packing=config.packing,
+        output=OutputSection(),
+        preview=PreviewSection(),
+    )
+    made = {"data": TrainDataSection(blocks=(prepare(request, report).path,))}
+    return config.model_copy(update={**made, "rows": RowsSection(), "packing": PackingSection()})
 
 
 def _datasets(config: PrepareConfig, report: Report) -> tuple[Dataset, Dataset | None]:

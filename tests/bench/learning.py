@@ -1,5 +1,5 @@
-"""Does lorakit learn as a plain loop of transformers and peft does? Both train on the same blocks for as many steps, and
-the loss over the held-out blocks is printed side by side.
+"""Does lorakit learn as a plain loop of transformers and peft does? Both train on the same blocks for as many steps,
+and the loss over the held-out blocks is printed side by side.
 
     python -m tests.bench.learning --model MODEL --train train.jsonl --test test.jsonl --steps 200
 
@@ -107,10 +107,10 @@ def main() -> None:
         ours = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
         theirs = plain(asked.model, blocks, asked)
         ended = time.monotonic()
-    print("| step | lorakit | transformers + peft |\n|---|---|---|")
-    for (step, our), (_, their) in zip(ours, theirs, strict=True):
-        print(f"| {step} | {our:.4f} | {their:.4f} |")
-    print(f"seconds: {between - began:.0f} and {ended - between:.0f}, start and evaluations included")
+    lines = ["| step | lorakit | transformers + peft |", "|---|---|---|"]
+    lines += [f"| {step} | {our:.4f} | {their:.4f} |" for (step, our), (_, their) in zip(ours, theirs, strict=True)]
+    seconds = f"seconds: {between - began:.0f} and {ended - between:.0f}, start and evaluations included"
+    sys.stdout.write("\n".join([*lines, seconds, ""]))
 
 
 if __name__ == "__main__":

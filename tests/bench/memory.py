@@ -31,9 +31,9 @@ from lorakit.core.memory import Bytes, Part, StepMemory, Workload  # noqa: E402
 from lorakit.core.model import (  # noqa: E402
     add_lora,
     autocast,
-    trained_parameters,
     make_ready,
     quantized,
+    trained_parameters,
 )
 from lorakit.core.offloading import offload, offloaded  # noqa: E402
 from lorakit.core.shapes import Shape, config_of, shape_of  # noqa: E402

@@ -6,7 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from lorakit.core.environment import cache_folder, let_gpu_memory_grow, patched_transformers
+from lorakit.core import environment
+from lorakit.core.environment import (
+    Worker,
+    cache_folder,
+    let_gpu_memory_grow,
+    patched_transformers,
+    ready_for_workers,
+    worker,
+)
+from lorakit.core.errors import EnvironmentUnusable
 
 
 @pytest.fixture(autouse=True)
@@ -120,3 +129,76 @@ def test_the_gpus_that_count_are_those_that_cuda_shows(
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert free_gpu_bytes() == [size * 2**20 for size in free]
+
+
+# A place in a parallel run
+
+PLACE = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+MEETING = {"MASTER_ADDR": "10.0.0.5", "MASTER_PORT": "29500"}
+
+
+def set_all(monkeypatch: pytest.MonkeyPatch, values: dict[str, str]) -> None:
+    for name in (*PLACE, *MEETING):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_a_worker_knows_its_place_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_all(monkeypatch, PLACE | MEETING)
+    assert worker() == Worker(rank=3, world_size=4, local_rank=1, local_world_size=2)
+
+
+@pytest.mark.parametrize("values", [{}, MEETING, dict.fromkeys(PLACE, "")])
+def test_without_a_place_a_process_is_alone(values: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    set_all(monkeypatch, values)
+    assert worker() is None
+
+
+@pytest.mark.parametrize("name", [*PLACE, *MEETING])
+def test_a_place_with_a_part_missing_is_refused_and_how_to_be_alone_is_said(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = PLACE | MEETING
+    del values[name]
+    set_all(monkeypatch, values)
+    with pytest.raises(EnvironmentUnusable, match=f"need {name} beside it") as caught:
+        worker()
+    assert "env -u" in caught.value.hint
+    assert f"-u {name} " not in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("RANK", "4"),
+        ("RANK", "-1"),
+        ("RANK", "first"),
+        ("WORLD_SIZE", "0"),
+        ("LOCAL_RANK", "2"),
+        ("LOCAL_WORLD_SIZE", "5"),
+        ("WORLD_SIZE", "9" * 5000),
+        ("LOCAL_RANK", "²"),
+    ],
+)
+def test_places_that_cant_be_are_refused(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_all(monkeypatch, PLACE | MEETING | {name: value})
+    with pytest.raises(EnvironmentUnusable, match="need ranks below their world sizes"):
+        worker()
+
+
+def test_cores_are_shared_between_workers_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("OMP_NUM_THREADS", "TORCH_CPP_LOG_LEVEL", "TORCHELASTIC_SIGNALS_TO_HANDLE")
+    for name in names:
+        monkeypatch.setenv(name, "x")
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(environment, "usable_cores", lambda: 8)
+    ready_for_workers(3)
+    assert os.environ["OMP_NUM_THREADS"] == "2"
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    ready_for_workers(9)
+    assert os.environ["OMP_NUM_THREADS"] == "1"
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    monkeypatch.setenv("TORCH_CPP_LOG_LEVEL", "INFO")
+    ready_for_workers(2)
+    assert (os.environ["OMP_NUM_THREADS"], os.environ["TORCH_CPP_LOG_LEVEL"]) == ("5", "INFO")

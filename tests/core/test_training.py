@@ -16,11 +16,11 @@ import safetensors.torch
 import torch
 
 from lorakit.core import offloading
-from lorakit.core.training import loop
 from lorakit.core.blocks import Blocks
 from lorakit.core.config import LoraSection
 from lorakit.core.evaluation import loss_sum
 from lorakit.core.model import add_lora, checkpoint_activations, load_base
+from lorakit.core.training import loop
 from lorakit.core.training.checkpoints import Checkpoints
 from lorakit.core.training.schedule import Schedule
 from lorakit.core.weights import open_weights

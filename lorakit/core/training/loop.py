@@ -595,7 +595,7 @@ def _conversation(row: Any) -> list[dict[str, str]]:
 
 def _shared(error: LorakitError) -> LorakitError:
     """An error that every process of a run raises alike, so that one of them speaks."""
-    error.shared = error.heard = True  # type: ignore[attr-defined]
+    error.shared = error.heard = True
     return error
 
 
