@@ -36,10 +36,13 @@ def run(config: "TrainConfig", console: Console) -> None:
         signals.stop_if_asked()
         trained = train(config, target, blocks, console.report, lambda: signals.asked)
     planned = f", {trained.planned_bytes / 2**30:.2f} planned for tensors" if trained.planned_bytes else ""
+    best = trained.best_step
+    held_out = {"held-out loss": f"{trained.eval_loss:.4f}, lowest, after step {best:,}"} if best is not None else {}
     console.summary(
         {
             "adapter": f"{trained.path}{' (already done)' if trained.already_done else ''}",
             "loss": f"{trained.first_loss:.4f} → {trained.last_loss:.4f} in {trained.steps:,} steps",
+            **held_out,
             "speed": f"{trained.tokens_per_second:,.0f} tokens/s, {trained.seconds:.1f} s",
             "peak memory": f"{trained.peak_bytes / 2**30:.2f} GiB{planned}",
         }

@@ -116,8 +116,6 @@ def plan_devices(config: PlanDevicesConfig, report: Report) -> Planned:
 
 def next_command(config: PlanDevicesConfig, plan: Plan) -> str:
     """The command that trains as it was planned."""
-    if plan.parallel != "split":
-        return f"this version trains in one process: a plan for {plan.parallel} can't be followed yet; --parallel split"
     given, usual = config.flat(), PlanDevicesConfig.resolve((None, {"model": config.model.model})).flat()
     names = (
         *("dtype", "quantize", "attention", "rank", "lora_alpha", "lora_dropout", "target_modules"),
@@ -131,6 +129,10 @@ def next_command(config: PlanDevicesConfig, plan: Plan) -> str:
             options += [option_name(name), str(value)]
     options += [] if plan.work.double_quantization else ["--no-double-quantization"]
     options += [] if plan.work.gradient_checkpointing else ["--no-gradient-checkpointing"]
+    computing = [load for load in plan.loads if load.device != "cpu"]
+    if len(computing) > 1:
+        options += ["--parallel", plan.parallel]
+        options += ["--num-processes", str(len(computing))] if plan.parallel != "split" else []
     ids = built_in().get(config.model.model.lower(), {}).get("ids") or [config.model.model]
     where = ["--blocks", "DIR", "--plan", str(config.plan.output or "FILE")]
     return " ".join(["lorakit train --model", ids[0], *options, *where])
