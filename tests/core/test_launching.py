@@ -446,14 +446,26 @@ def test_a_signal_to_one_machine_alone_leaves_its_code_to_the_ranks(tmp_path: Pa
     assert [(process.communicate(timeout=60), process.returncode)[1] for process in both] == [75, 75]
 
 
+def test_a_launcher_that_waits_for_machines_says_nothing_more_and_is_stopped_by_a_signal(tmp_path: Path) -> None:
+    nobody = "192.0.2.1:29500"  # an address of documentation, RFC 5737
+    process = launcher("work()", tmp_path, 1, 2, nobody)
+    try:
+        out, err = process.communicate(timeout=6)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=10)
+    assert (process.returncode, out, err) == (75, "", "error: found SIGTERM, need time\n")
+
+
 def test_machines_that_dont_meet_are_an_error(monkeypatch: pytest.MonkeyPatch, rendezvous: str) -> None:
     from lorakit.core import elastic
 
     monkeypatch.setattr(elastic, "_MEETING_SECONDS", 1)
     said: list[str] = []
-    with pytest.raises(EnvironmentUnusable, match="fewer than 2 machines"):
-        launching.start([sys.executable, "-c", ""], 1, 2, rendezvous, lambda event: said.append(str(event)))
-    assert rendezvous in said[0]
+    for where in (rendezvous, "192.0.2.1:29500"):
+        with pytest.raises(EnvironmentUnusable, match="fewer than 2 machines"):
+            launching.start([sys.executable, "-c", ""], 1, 2, where, lambda event: said.append(str(event)))
+        assert where in said.pop()
     with pytest.raises(EnvironmentUnusable, match=r"nowhere\.invalid"):
         launching.start([sys.executable, "-c", ""], 1, 2, "nowhere.invalid:29500", _silent)
 
