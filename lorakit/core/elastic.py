@@ -29,7 +29,6 @@ from torch.distributed.elastic.rendezvous.api import (
 from lorakit.core.errors import EnvironmentUnusable
 
 _MEETING_SECONDS = 600
-_CONNECTING_SECONDS = 10  # of one attempt, in which no signal is answered
 _PARTING_SECONDS = 10  # that a machine stays after its workers, for others to hear how they ended
 _FIRST_FAILURE = "lorakit/first_failure"
 
@@ -85,23 +84,13 @@ def run(
     logger = logging.getLogger("torch.distributed.elastic")
     logger.addHandler(logging.NullHandler())
     logger.propagate = False
-    address = "127.0.0.1" if rendezvous is None else _own_address(*rendezvous.rsplit(":", 1))
-    parameters = RendezvousParameters(
-        backend="c10d",
-        endpoint=rendezvous or "127.0.0.1:0",
-        run_id=f"lorakit-{rendezvous}",  # the same on all machines
-        min_nodes=num_machines,
-        max_nodes=num_machines,
-        local_addr=address,
-        join_timeout=_MEETING_SECONDS,
-        read_timeout=_CONNECTING_SECONDS if num_machines > 1 else 60,
-    )
+    where = _Meeting(rendezvous or "127.0.0.1:0", num_machines)
     hint = f"run the same command on each of the {num_machines} machines within {_MEETING_SECONDS // 60} minutes, with "
     hint += "an address and a free port of one of them, which all others can reach"
     handler = None
     try:
         supervisor.meeting()
-        handler = _meet(parameters)
+        handler = where.connect()
         spec = WorkerSpec(
             role="lorakit",
             local_world_size=num_processes,
@@ -109,12 +98,12 @@ def run(
             entrypoint=program[0],
             args=tuple(part.replace("$", "$$") for part in program[1:]),  # a template to torch
             max_restarts=0,
-            local_addr=address,
+            local_addr=where.address,
         )
         if _Agent(spec, supervisor, alone=num_machines == 1).run() is None:  # there were enough machines without this
             raise EnvironmentUnusable(f"--rendezvous {rendezvous}: found {num_machines} machines without this", hint)
     except RendezvousTimeoutError:
-        few = f"found fewer than {num_machines} machines in {_MEETING_SECONDS // 60} minutes, need all"
+        few = f"found fewer than {num_machines} machines in {_MEETING_SECONDS / 60:.0f} minutes, need all"
         raise EnvironmentUnusable(f"--rendezvous {rendezvous}: {few}", hint) from None
     except RendezvousError as error:
         found = f"found {str(error.__cause__ or error).splitlines()[0]}"
@@ -125,30 +114,61 @@ def run(
                 handler.shutdown()
 
 
-def _own_address(host: str, port: str) -> str:
-    """The address by which other machines reach this one: that of the interface which leads to the rendezvous."""
-    try:
-        kind, _, _, _, target = socket.getaddrinfo(host, int(port), type=socket.SOCK_DGRAM)[0]
-        with socket.socket(kind, socket.SOCK_DGRAM) as probe:
-            probe.connect(target)  # sends nothing
-            own = str(probe.getsockname()[0])
-    except OSError as error:
-        raise EnvironmentUnusable(
-            f"--rendezvous {host}:{port}: found {error.strerror or error}, need the address of one of the machines",
-            "give its name or IP address, as the other machines know it",
-        ) from None
-    return host if own.startswith("127.") or own == "::1" else own
+class _Meeting:
+    """Where machines meet, seen from this one: `address` is its own, by which the others reach it."""
 
-
-def _meet(parameters: RendezvousParameters) -> RendezvousHandler:
-    """Connect to the machine that keeps the rendezvous, which may come later than this one."""
-    deadline = time.monotonic() + _MEETING_SECONDS
-    while True:
+    def __init__(self, rendezvous: str, num_machines: int) -> None:
+        self._rendezvous, self._num_machines = rendezvous, num_machines
+        host, port = rendezvous.rsplit(":", 1)
         try:
-            return registry.get_rendezvous_handler(parameters)
-        except RendezvousConnectionError:
+            kind, _, _, _, target = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)[0]
+            with socket.socket(kind, socket.SOCK_DGRAM) as probe:
+                probe.connect(target)  # sends nothing, and finds the interface that leads there
+                own = str(probe.getsockname()[0])
+        except OSError as error:
+            raise EnvironmentUnusable(
+                f"--rendezvous {rendezvous}: found {error.strerror or error}, need the address of one of the machines",
+                "give its name or IP address, as the other machines know it",
+            ) from None
+        loopback = own.startswith("127.") or own == "::1"
+        self._target = str(target[0]), int(target[1])
+        self._is_here = loopback or own == self._target[0]
+        self.address = host if loopback else own
+
+    def connect(self) -> RendezvousHandler:
+        """Keep the rendezvous if it is here, else wait for the machine that does. Not by torch's own waiting, which no
+        signal ends and which prints a stack at each attempt. Raises RendezvousError."""
+        deadline = time.monotonic() + _MEETING_SECONDS
+        while True:
+            kept = self._is_kept()
+            if kept or self._is_here:
+                try:
+                    return registry.get_rendezvous_handler(self._parameters(is_host=not kept))
+                except RendezvousConnectionError:  # another process here was faster
+                    if time.monotonic() > deadline:
+                        raise
             if time.monotonic() > deadline:
-                raise
+                raise RendezvousTimeoutError
+            time.sleep(0.2)
+
+    def _is_kept(self) -> bool:
+        try:
+            socket.create_connection(self._target, timeout=2).close()
+        except OSError:
+            return False
+        return True
+
+    def _parameters(self, *, is_host: bool) -> RendezvousParameters:
+        return RendezvousParameters(
+            backend="c10d",
+            endpoint=self._rendezvous,
+            run_id=f"lorakit-{self._rendezvous}",  # the same on all machines
+            min_nodes=self._num_machines,
+            max_nodes=self._num_machines,
+            local_addr=self.address,
+            join_timeout=_MEETING_SECONDS,
+            is_host=str(is_host),
+        )
 
 
 class _Unchanged(LogsSpecs):

@@ -23,6 +23,7 @@ from lorakit.core.errors import EnvironmentUnusable, ExitCode, RankFailed, Stopp
 from lorakit.core.events import Notice, Progress
 
 ROOT = Path(__file__).parents[2]
+PYTHONPATH = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 PROLOGUE = """
 import os, pathlib, signal, sys, time
@@ -70,13 +71,19 @@ def start(tmp_path: Path) -> Started:
 def _silent(event: Progress | Notice) -> None: ...
 
 
+def wait_for(*paths: Path) -> None:
+    """Return when all files are there; a minute is more than anything here takes."""
+    deadline = time.monotonic() + 60
+    while not all(path.exists() for path in paths):
+        assert time.monotonic() < deadline, f"none of {paths} after a minute"
+        time.sleep(0.005)
+
+
 def when_started(folder: Path, ranks: int, then: Callable[[], None]) -> threading.Thread:
     """Do something once all workers can answer signals."""
 
     def wait() -> None:
-        deadline = time.monotonic() + 60
-        while not all((folder / f"started-{rank}").exists() for rank in range(ranks)) and time.monotonic() < deadline:
-            time.sleep(0.01)
+        wait_for(*(folder / f"started-{rank}" for rank in range(ranks)))
         then()
 
     thread = threading.Thread(target=wait)
@@ -293,7 +300,7 @@ def launcher(program: str, folder: Path, ranks: int, machines: int = 1, rendezvo
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "HERE": str(folder)},
+        env={**os.environ, "PYTHONPATH": PYTHONPATH, "HERE": str(folder)},
     )
 
 
@@ -305,8 +312,7 @@ def test_workers_that_are_stopped_at_random_moments_save_and_end_with_75(ranks: 
         folder = tmp_path / str(trial)
         folder.mkdir()
         process = launcher("work(step_seconds=0.05)", folder, ranks)
-        while not (folder / "started-0").exists():
-            time.sleep(0.002)
+        wait_for(folder / "started-0")
         time.sleep(rng.uniform(0, 0.1))
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=60)
@@ -346,14 +352,10 @@ def test_workers_stop_when_their_launcher_is_killed(tmp_path: Path) -> None:
     work()
     """
     process = launcher(program, tmp_path, 2)
-    while not all((tmp_path / f"ready-{rank}").exists() for rank in (0, 1)):
-        time.sleep(0.01)
+    wait_for(tmp_path / "ready-0", tmp_path / "ready-1")
     process.kill()
     process.communicate()
-    deadline = time.monotonic() + 10
-    while not all((tmp_path / f"saved-{rank}").exists() for rank in (0, 1)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert all((tmp_path / f"saved-{rank}").exists() for rank in (0, 1))
+    wait_for(tmp_path / "saved-0", tmp_path / "saved-1")
 
 
 @pytest.mark.parametrize(("ignored", "code"), [(True, 0), (False, 75)], ids=["nohup", "no nohup"])
@@ -404,7 +406,7 @@ def test_two_machines_are_one_run(tmp_path: Path, rendezvous: str) -> None:
     path = tmp_path / "program.py"
     path.write_text(PROLOGUE + program)
     command = [sys.executable, "-c", LAUNCHER, "1", str((2, rendezvous)), sys.executable, str(path)]
-    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environ = {**os.environ, "PYTHONPATH": PYTHONPATH}
     both = [
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environ)
         for _ in range(2)
@@ -417,8 +419,7 @@ def test_two_machines_are_one_run(tmp_path: Path, rendezvous: str) -> None:
 
 def test_a_failure_on_one_machine_ends_the_others_within_seconds(tmp_path: Path, rendezvous: str) -> None:
     both = [launcher("work()", tmp_path, 1, 2, rendezvous) for _ in range(2)]
-    while not all((tmp_path / f"started-{rank}").exists() for rank in (0, 1)):
-        time.sleep(0.02)
+    wait_for(tmp_path / "started-0", tmp_path / "started-1")
     began = time.monotonic()
     os.kill(pid_of(tmp_path, 1), signal.SIGKILL)
     said = [process.communicate(timeout=60) for process in both]
@@ -440,10 +441,20 @@ def test_a_signal_to_one_machine_alone_leaves_its_code_to_the_ranks(tmp_path: Pa
     sys.exit(75)
     """
     both = [launcher(program, tmp_path, 1, 2, rendezvous) for _ in range(2)]
-    while not all((tmp_path / f"started-{rank}").exists() for rank in (0, 1)):
-        time.sleep(0.02)
+    wait_for(tmp_path / "started-0", tmp_path / "started-1")
     both[0].send_signal(signal.SIGTERM)
     assert [(process.communicate(timeout=60), process.returncode)[1] for process in both] == [75, 75]
+
+
+def test_a_launcher_that_waits_for_machines_says_nothing_more_and_is_stopped_by_a_signal(tmp_path: Path) -> None:
+    nobody = "192.0.2.1:29500"  # an address of documentation, RFC 5737
+    process = launcher("work()", tmp_path, 1, 2, nobody)
+    try:
+        out, err = process.communicate(timeout=6)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=10)
+    assert (process.returncode, out, err) == (75, "", "error: found SIGTERM, need time\n")
 
 
 def test_machines_that_dont_meet_are_an_error(monkeypatch: pytest.MonkeyPatch, rendezvous: str) -> None:
@@ -451,9 +462,10 @@ def test_machines_that_dont_meet_are_an_error(monkeypatch: pytest.MonkeyPatch, r
 
     monkeypatch.setattr(elastic, "_MEETING_SECONDS", 1)
     said: list[str] = []
-    with pytest.raises(EnvironmentUnusable, match="fewer than 2 machines"):
-        launching.start([sys.executable, "-c", ""], 1, 2, rendezvous, lambda event: said.append(str(event)))
-    assert rendezvous in said[0]
+    for where in (rendezvous, "192.0.2.1:29500"):
+        with pytest.raises(EnvironmentUnusable, match="fewer than 2 machines"):
+            launching.start([sys.executable, "-c", ""], 1, 2, where, lambda event: said.append(str(event)))
+        assert where in said.pop()
     with pytest.raises(EnvironmentUnusable, match=r"nowhere\.invalid"):
         launching.start([sys.executable, "-c", ""], 1, 2, "nowhere.invalid:29500", _silent)
 
@@ -465,7 +477,7 @@ def test_a_worker_of_torchrun_knows_its_place(tmp_path: Path) -> None:
         "pathlib.Path(os.environ['HERE'], f'place-{place.rank}').write_text(str(place))\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(path)]
-    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True)
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": PYTHONPATH}, capture_output=True)
     assert [(tmp_path / f"place-{rank}").read_text() for rank in (0, 1)] == [str(Worker(r, 2, r, 2)) for r in (0, 1)]
 
 
