@@ -17,16 +17,17 @@ run folder     what `train` writes: checkpoints and metrics while it runs, the a
 Imports go down only:
 
     planning
-        training, merging, starter, probing
-            evaluation, generation
-                attention
-                    attention.proving
-                        preparing, model, attention.trials
-                            sources, packing, blocks, adapters, attention.cases, attention.miniature, placement
-                                readers, tokenization, attention.implementations, memory
-                                    records, profiling, shapes
-                                        templates, weights, hub, environment
-                                            artifacts
-                                                config, disk
-                                                    errors, events
+      training, merging, starter, probing
+        training.loop
+          evaluation, generation, training.schedule, training.optimizers, training.checkpoints
+            attention
+              attention.proving
+                preparing, model, attention.trials
+                  sources, packing, blocks, adapters, attention.cases, attention.miniature, placement
+                    readers, tokenization, attention.implementations, memory
+                      records, profiling, shapes, parallel
+                        templates, weights, hub, environment
+                          artifacts
+                            config, disk
+                              errors, events
 """
