@@ -846,13 +846,14 @@ SCHEDULE_ARGUMENTS: Mapping[str, frozenset[str]] = {
     "polynomial": frozenset({"lr_end", "power"}),
     "inverse_sqrt": frozenset({"timescale"}),
     "cosine_with_min_lr": frozenset({"num_cycles", "min_lr", "min_lr_rate"}),
-    "cosine_warmup_with_min_lr": frozenset({"num_cycles", "min_lr", "min_lr_rate", "warmup_lr_rate"}),
+    "cosine_warmup_with_min_lr": frozenset({"num_cycles", "min_lr", "min_lr_rate"}),
     "warmup_stable_decay": frozenset(
-        {"num_decay_steps", "num_stable_steps", "warmup_type", "decay_type", "min_lr_ratio", "num_cycles"}
+        {"num_decay_steps", "num_stable_steps", "decay_type", "min_lr_ratio", "num_cycles"}
     ),
     "reduce_lr_on_plateau": frozenset({"factor", "patience", "threshold", "cooldown", "min_lr"}),
 }
-"""What --lr-scheduler-kwargs may hold for each schedule: the arguments of transformers' and torch's functions."""
+"""What --lr-scheduler-kwargs may hold for each schedule: the arguments of transformers' and torch's functions, without
+those of warm-up, which is the same for all."""
 
 _NEEDED_ARGUMENTS: Mapping[str, frozenset[str]] = {
     "cosine_with_min_lr": frozenset({"min_lr", "min_lr_rate"}),

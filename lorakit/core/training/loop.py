@@ -93,6 +93,7 @@ class Run:
         self.prompts = _read_prompts(config.evaluation.sample_prompts)
         self._require_usable()
         self.schedule = schedule_of(config, blocks)
+        self.learning_rate = LearningRate(config, self.schedule.steps)
         self.state = State(attention=str(checkpoint.facts["attention"]) if checkpoint is not None else "")
         self.checkpoints = Checkpoints(folder, config, parents, report)
         dtype = pick_dtype(config.model.dtype, self.device)
@@ -120,7 +121,6 @@ class Run:
         self.optimizer = make_optimizer(config, self.parameters)
         if pages_nothing(config, self.parameters):
             report(Notice("--optimizer: found no matrix of 100,000 numbers or more, so nothing will be paged"))
-        self.learning_rate = LearningRate(config, self.schedule.steps)
         adapter_bytes = sum(parameter.numel() * 4 for parameter in self.parameters.values())
         disk.require_free_bytes(folder, 3 * adapter_bytes * (config.saving.keep_checkpoints + 2))
         if checkpoint is not None:
@@ -408,7 +408,7 @@ class Run:
             return False
         self.learning_rate.hear(loss)
         state.learning_rate = self.learning_rate.memory
-        better = loss < state.best_loss
+        better = state.best_loss is None or loss < state.best_loss
         if better:
             state.best_loss, state.best_step, state.evaluations_without_better = loss, state.step, 0
         else:
@@ -470,7 +470,7 @@ class Run:
             "attention": state.attention,
             "engine": "standard",
             "best_step": state.best_step or None,
-            "eval_loss": state.best_loss if state.best_step else None,
+            "eval_loss": state.best_loss,
             "adapter_step": state.best_step if best else state.step,
         }
         with self.world.together():
