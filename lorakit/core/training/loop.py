@@ -225,6 +225,7 @@ class Run:
         if config.lora_kind.adapter is not None:
             adapter = adapters.open_adapter(Path(config.lora_kind.adapter), self.report)
             _refuse_other_lora(adapter, config)
+            adapters.match(adapter, weights)
             grow(base, adapter.vocabulary)
             return continue_lora(base, adapter, config.model.model)
         return add_lora(base, config.lora, config.batch.seed, config.model.model, config.lora_kind, new_tokens)
@@ -478,7 +479,9 @@ class Run:
                 files = {
                     **self._adapter_files(tensors),
                     **tokenizer_files(self.tokenizer),
-                    "README.md": _model_card(self.config, facts, self.blocks.fingerprint).encode(),
+                    "README.md": _model_card(
+                        self.config, self.model.peft_config["default"], facts, self.blocks
+                    ).encode(),
                 }
                 kept = [name for name in (METRICS, SAMPLES) if (self.folder / name).exists()]
                 artifacts.commit(
@@ -621,9 +624,10 @@ def _adapter_config(model: PeftModel) -> bytes:
     return (json.dumps(plain, indent=2, sort_keys=True, default=str) + "\n").encode()
 
 
-def _model_card(config: TrainConfig, facts: Mapping[str, Any], data: str) -> str:
+def _model_card(config: TrainConfig, lora: Any, facts: Mapping[str, Any], blocks: Blocks) -> str:
     base = config.model.model
     base_line = f"base_model: {base}\n" if not Path(base).exists() else ""
+    targets = lora.target_modules if isinstance(lora.target_modules, str) else ", ".join(sorted(lora.target_modules))
     precision = "full precision" if config.model.quantize == "none" else config.model.quantize
     held_out = f", held-out loss {facts['eval_loss']:.4f}" if facts["eval_loss"] is not None else ""
     return f"""---
@@ -632,10 +636,10 @@ library_name: peft
 ---
 # LoRA adapter for {Path(base).name}
 
-Made by lorakit {__version__}: rank {config.lora.rank}, alpha {config.lora.lora_alpha:g}, targets \
-{", ".join(config.lora.target_modules)}, base in {precision}; \
+Made by lorakit {__version__}: rank {lora.r}, alpha {lora.lora_alpha:g}, targets {targets}, base in {precision}; \
 {facts["steps"]} steps, training loss {facts["first_loss"]:.4f} → {facts["last_loss"]:.4f}{held_out}. \
-Data: blocks {data[:16]}. `lorakit.yaml` holds every setting; `lorakit train --config lorakit.yaml` repeats the run.
+Data: blocks {blocks.fingerprint[:16]}. \
+`lorakit.yaml` holds every setting; `lorakit train --config lorakit.yaml` repeats the run.
 
 ```python
 from peft import AutoPeftModelForCausalLM

@@ -1,10 +1,11 @@
 """What tests of training stand on: tiny blocks, `train` and `plan-devices` on them, and a run that is ready to step."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -90,3 +91,19 @@ def losses(folder: Path) -> list[float]:
 
 def optimizer_bytes(folder: Path, step: int) -> bytes:
     return (folder / "checkpoints" / f"step-{step:08d}" / "optimizer.safetensors").read_bytes()
+
+
+def loss_by_documents(model: Any, blocks: Blocks, indices: Sequence[int] | None = None) -> tuple[float, int]:
+    """transformers' own loss of each document alone, over all trained tokens, and how many they are."""
+    total, count = 0.0, 0
+    for index in range(len(blocks)) if indices is None else indices:
+        tokens, trained, document = (array.astype(np.int64) for array in blocks.arrays(index))
+        for number in np.unique(document):
+            ids = torch.from_numpy(tokens[document == number])[None]
+            labels = torch.where(torch.from_numpy(trained[document == number])[None] == 1, ids, -100)
+            targets = int((labels[:, 1:] != -100).sum())
+            if targets:
+                with torch.no_grad():
+                    total += model(input_ids=ids, labels=labels).loss.item() * targets
+                count += targets
+    return total / count, count

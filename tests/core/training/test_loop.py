@@ -2,23 +2,26 @@
 
 import json
 import math
+import os
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import safetensors.torch
 import torch
 
+from lorakit.core.artifacts import open_artifact
 from lorakit.core.blocks import Blocks
 from lorakit.core.evaluation import loss_sum
 from lorakit.core.training import loop
+from lorakit.core.training.checkpoints import read
 from lorakit.core.training.schedule import Schedule
 from tests.conftest import Ran, make_llama
-from tests.core.training.conftest import Train, adapter_bytes, losses
+from tests.core.training.conftest import Opened, Train, adapter_bytes, lines_of, loss_by_documents, losses
 
 Cli = Callable[..., Ran]
 
@@ -45,19 +48,10 @@ def test_the_first_loss_is_the_bases_own(train: Train, tiny_llama: Path, blocks:
     from transformers import AutoModelForCausalLM
 
     ran = train("run", "--max-steps", 1, "--batch-size", 3)
-    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
-    opened = Blocks(blocks)
-    total, count = 0.0, 0
-    for index in Schedule(len(opened), 3, 3, 0).blocks_of_step(0):
-        tokens, trained, document = (array.astype(np.int64) for array in opened.arrays(index))
-        for number in np.unique(document):
-            ids = torch.from_numpy(tokens[document == number])[None]
-            labels = torch.where(torch.from_numpy(trained[document == number])[None] == 1, ids, -100)
-            targets = int((labels[:, 1:] != -100).sum())
-            if targets:
-                total += model(input_ids=ids, labels=labels).loss.item() * targets
-                count += targets
-    assert ran.json["first_loss"] == pytest.approx(total / count, rel=1e-5)
+    model, read_blocks = AutoModelForCausalLM.from_pretrained(tiny_llama), Blocks(blocks)
+    indices = Schedule(len(read_blocks), 3, 3, 0).blocks_of_step(0)
+    loss, _ = loss_by_documents(model, read_blocks, indices)
+    assert ran.json["first_loss"] == pytest.approx(loss, rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -370,3 +364,369 @@ def test_a_run_that_will_exceed_the_memory_says_so_before_it_starts(
     assert re.search(r"planned \d\.\d GiB on cpu, found 0\.0 free: this run will likely run out of memory", ran.err)
     monkeypatch.undo()
     assert "planned" not in train("other", "--max-steps", 1).err
+
+
+# What a run reaches
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"rank": 4, "lora_alpha": 12.0, "lora_dropout": 0.25}, {"r": 4, "lora_alpha": 12, "lora_dropout": 0.25}),
+        ({"target_modules": "q_proj,v_proj"}, {"target_modules": {"q_proj", "v_proj"}}),
+        ({"target_modules": r".*\.[qk]_proj"}, {"target_modules": r".*\.[qk]_proj"}),
+        ({"layers_to_transform": "1"}, {"layers_to_transform": [1]}),
+        ({"use_rslora": True}, {"use_rslora": True}),
+        ({"use_dora": True}, {"use_dora": True}),
+        ({"modules_to_save": "lm_head"}, {"modules_to_save": ["lm_head"]}),
+    ],
+    ids=str,
+)
+def test_lora_is_as_it_was_asked_for(values: dict[str, object], expected: dict[str, object], opened: Opened) -> None:
+    config = opened(**values).model.peft_config["default"].to_dict()
+    assert {name: config[name] for name in expected} == expected
+
+
+def test_the_base_is_quantized_as_it_was_asked_for(opened: Opened) -> None:
+    base = opened(quantize="fp4", double_quantization=False).model.get_base_model()
+    state = base.model.layers[0].mlp.up_proj.base_layer.weight.quant_state
+    assert (state.quant_type, state.nested) == ("fp4", False)
+    base = opened(quantize="int8", int8_threshold=2.5).model.get_base_model()
+    assert base.model.layers[0].mlp.up_proj.base_layer.state.threshold == 2.5
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [True, False])
+def test_checkpointing_is_on_where_it_was_asked_for(gradient_checkpointing: bool, opened: Opened) -> None:
+    model = opened(gradient_checkpointing=gradient_checkpointing).model.get_base_model()
+    assert {layer.gradient_checkpointing for layer in model.model.layers} == {gradient_checkpointing}
+
+
+def test_deterministic_kernels_are_for_the_run_alone(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+    original = loop.Run._step
+
+    def looking(run: Any) -> Any:
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        return original(run)
+
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(loop.Run, "_step", looking)
+    assert train("usual", "--max-steps", 1).code == 0
+    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    assert train("run", "--max-steps", 1, "--deterministic").code == 0
+    assert seen == [False, True]
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert not torch.are_deterministic_algorithms_enabled()
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+
+
+def test_the_seed_is_that_of_the_order_and_of_dropout(train: Train, tmp_path: Path) -> None:
+    learns_nothing = ("--max-steps", 4, "--learning-rate", "1e-30")
+    for seed in (3, 4):
+        train(f"order-{seed}", *learns_nothing, "--seed", seed)
+    assert losses(tmp_path / "order-3") != losses(tmp_path / "order-4")
+    count = len(Blocks(tmp_path / "blocks"))
+    whole = ("--batch-size", count, "--learning-rate", "5e-2", "--max-steps", 3)
+    for name, options in {"a": ("--seed", 3), "b": ("--seed", 3), "c": ("--seed", 4)}.items():
+        train(name, *whole, "--lora-dropout", "0.5", *options)
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    assert losses(tmp_path / "a")[1:] != losses(tmp_path / "c")[1:]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+def test_layers_are_compiled_where_it_was_asked_for(opened: Opened) -> None:
+    for asked in (True, False):
+        layers = opened(torch_compile=asked).model.get_base_model().model.layers
+        assert [layer._compiled_call_impl is not None for layer in layers] == [asked, asked]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch compiles for a CPU by a C++ compiler")
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_layers_give_the_same_losses(opened: Opened) -> None:
+    usual = opened(max_steps=3, learning_rate=5e-3, target_modules="q_proj", gradient_checkpointing=False)
+    compiled = opened(
+        max_steps=3, learning_rate=5e-3, target_modules="q_proj", gradient_checkpointing=False, torch_compile=True
+    )
+    expected = [usual._step()["loss"] for _ in range(3)]
+    assert [compiled._step()["loss"] for _ in range(3)] == pytest.approx(expected, rel=1e-5)
+
+
+def test_auto_is_the_largest_batch_that_fits_and_changes_no_loss(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ("--batch-size", "auto", "--effective-batch-size", 6, "--max-steps", 3)
+    found = {}
+    for name, room in {"large": 2**40, "small": 0}.items():
+        monkeypatch.setattr(loop, "free_ram_bytes", lambda room=room: room)
+        ran = train(name, *command)
+        assert ran.code == 0, ran.err
+        found[name] = re.search(r"batch size: (\d+) of 6 blocks at once", ran.err)
+    assert found["large"] is not None
+    assert found["small"] is not None
+    assert (found["large"][1], found["small"][1]) == ("6", "1")
+    assert losses(tmp_path / "large") == pytest.approx(losses(tmp_path / "small"), rel=1e-5)
+    assert train("small", "--batch-size", 2, *command[2:]).json["already_done"]  # how it is cut decides nothing
+
+
+def test_layers_split_over_the_one_device_there_is_give_the_same_adapter(train: Train, tmp_path: Path) -> None:
+    train("usual", "--max-steps", 3)
+    ran = train("split", "--max-steps", 3, "--parallel", "split")
+    assert ran.code == 0, ran.err
+    assert adapter_bytes(tmp_path / "split") == adapter_bytes(tmp_path / "usual")
+
+
+# Whole modules and new tokens
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_adapter_with_whole_modules_loads_with_plain_peft(train: Train, tmp_path: Path, tied: bool) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = make_llama(tmp_path / "model", tie_word_embeddings=tied)
+    names = "embed_tokens,lm_head"
+    ran = train("run", "--max-steps", 3, "--save-steps", 2, "--modules-to-save", names, model=model)
+    assert ran.code == 0, ran.err
+    assert ran.json["planned_bytes"] is None
+    tensors = safetensors.torch.load(adapter_bytes(tmp_path / "run"))
+    base = AutoModelForCausalLM.from_pretrained(model)
+    whole = {name: tensor for name, tensor in tensors.items() if "lora_" not in name}
+    assert {tuple(tensor.shape) for tensor in whole.values()} == {(320, 64)}
+    assert torch.equal(*whole.values()) is tied
+    assert not torch.equal(whole["base_model.model.lm_head.weight"], base.lm_head.weight)
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        loaded = PeftModel.from_pretrained(base, tmp_path / "run")
+        found = loaded(input_ids=ids).logits
+    run_loss = losses(tmp_path / "run")
+    assert run_loss[-1] < run_loss[0]
+    _, states, _ = read(open_artifact(tmp_path / "run" / "checkpoints" / "step-00000003", "checkpoint"))
+    assert len([name for name in states if name.startswith("exp_avg.") and "lora_" not in name]) == (1 if tied else 2)
+    embedding = tensors["base_model.model.model.embed_tokens.weight"]
+    torch.testing.assert_close(loaded.get_base_model().get_input_embeddings()(ids)[0], embedding[ids[0]])
+    assert bool(torch.isfinite(found).all())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_new_tokens_are_learned_and_the_adapter_has_them(cli: Cli, rows_file: Path, tmp_path: Path, tied: bool) -> None:
+    """For plain peft; what is learned of the embeddings are the rows of new tokens alone."""
+    from peft import AutoPeftModelForCausalLM
+
+    rows = [json.loads(line) for line in rows_file.read_text().splitlines()]
+    rows_file.write_text("".join(json.dumps({**row, "prompt": f"<ask>{row['prompt']}"}) + "\n" for row in rows))
+    model = make_llama(tmp_path / "model", vocab_size=260, tie_word_embeddings=tied)
+    blocks, run = tmp_path / "b", tmp_path / "run"
+    add = ("--add-tokens", "<ask>,<say>")
+    given = ("--tokenizer", model, "--block-size", 128, "--validation-split", 0.3, "--output", blocks)
+    assert cli("prepare", rows_file, *given, *add).code == 0
+    assert Blocks(blocks).largest_id() >= 259
+    command = ("train", "--model", model, "--blocks", blocks, "--output", run, "--learning-rate", "5e-3", "--json")
+    ran = cli(*command, "--max-steps", 8, "--eval-steps", 8, *add)
+    assert ran.code == 0, ran.err
+    assert losses(run)[-1] < losses(run)[0]
+    tensors = safetensors.torch.load(adapter_bytes(run))
+    rows_of = [tensor for name, tensor in tensors.items() if "lora_" not in name]
+    assert {tuple(tensor.shape) for tensor in rows_of} == {(2, 64)}
+    assert json.loads((run / "tokenizer.json").read_text())["added_tokens"][-2]["content"] == "<ask>"
+    loaded = AutoPeftModelForCausalLM.from_pretrained(run)  # which takes the tokenizer's size from the folder
+    loss, _ = loss_by_documents(loaded, Blocks(blocks, "validation"))
+    assert lines_of(run, "eval_loss")[-1]["eval_loss"] == pytest.approx(loss, rel=1e-5)
+    ran = cli(*command[:6], tmp_path / "other", "--max-steps", 1)
+    assert ran.code == 5
+    assert "blocks of another tokenizer, chat template or added tokens" in ran.err
+
+
+# Evaluation
+
+
+def test_evaluations_are_over_the_held_out_blocks(
+    train: Train, held_out: Path, tmp_path: Path, tiny_llama: Path
+) -> None:
+    """Before the first step, every four steps and after the last one; without dropout, which training has."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    ran = train("run", "--max-steps", 10, "--eval-steps", 4, "--lora-dropout", "0.3", "--save-steps", 4, data=held_out)
+    assert ran.code == 0, ran.err
+    lines = lines_of(tmp_path / "run", "eval_loss")
+    assert [line["step"] for line in lines] == [0, 4, 8, 10]
+    blocks = Blocks(held_out, "validation")
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    expected = [loss_by_documents(base, blocks)]
+    for folder in ("checkpoints/step-00000004", "checkpoints/step-00000008", "."):
+        fresh = AutoModelForCausalLM.from_pretrained(tiny_llama)
+        expected.append(loss_by_documents(PeftModel.from_pretrained(fresh, tmp_path / "run" / folder), blocks))
+    assert [line["eval_loss"] for line in lines] == pytest.approx([loss for loss, _ in expected], rel=1e-5)
+    assert [line["eval_tokens"] for line in lines] == [count for _, count in expected]
+    perplexities = [math.exp(loss) for loss, _ in expected]
+    assert [line["eval_perplexity"] for line in lines] == pytest.approx(perplexities, rel=1e-4)
+    best = min(lines[1:], key=lambda line: line["eval_loss"])
+    assert (ran.json["best_step"], ran.json["eval_loss"]) == (best["step"], best["eval_loss"])
+    assert ran.json["adapter_step"] == 10
+
+
+def hearing(monkeypatch: pytest.MonkeyPatch, *heard: float) -> list[float]:
+    """Let evaluations find these losses; returns those that nobody asked for yet."""
+    left = list(heard)
+    monkeypatch.setattr(loop, "mean_loss", lambda *_: (left.pop(0), 100))
+    return left
+
+
+def test_the_run_ends_where_losses_stop_falling(
+    train: Train, held_out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = hearing(monkeypatch, 9.0, 3.0, 2.0, 2.5, 1.9, 2.0, 1.9, 0.1)
+    command = ("--max-steps", 20, "--eval-steps", 1, "--early-stopping-patience", 2)
+    ran = train("run", *command, data=held_out)
+    assert left == [0.1]
+    assert (ran.json["steps"], ran.json["best_step"], ran.json["eval_loss"]) == (6, 4, 1.9)
+    assert ran.json["adapter_step"] == 6
+    assert train("run", *command, data=held_out).json["already_done"]
+
+
+def test_an_early_stop_is_kept_where_the_run_was_killed_before_its_end(
+    train: Train, held_out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ("--max-steps", 20, "--eval-steps", 1, "--early-stopping-patience", 1)
+    hearing(monkeypatch, 9.0, 3.0, 2.0, 2.5)
+    monkeypatch.setattr(loop.Run, "_finish", lambda run: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert train("run", *command, data=held_out).code == 130
+    monkeypatch.undo()
+    ran = train("run", *command, data=held_out)
+    assert (ran.json["steps"], ran.json["resumed_from"]) == (3, 3)
+
+
+@pytest.mark.parametrize("best_at_end", [True, False])
+def test_the_best_checkpoint_is_kept_and_can_be_the_adapter(
+    train: Train, held_out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, best_at_end: bool
+) -> None:
+    hearing(monkeypatch, 9.0, 3.0, 2.0, 2.5, 2.6, 2.7)
+    options = ("--load-best-model-at-end",) if best_at_end else ()
+    command = ("--max-steps", 10, "--eval-steps", 2, "--save-steps", 1, "--keep-checkpoints", 1)
+    ran = train("run", *command, *options, data=held_out)
+    assert ran.code == 0, ran.err
+    kept = sorted(os.listdir(tmp_path / "run" / "checkpoints"))
+    assert kept == ["step-00000004", "step-00000010"]
+    assert (ran.json["best_step"], ran.json["adapter_step"]) == (4, 4 if best_at_end else 10)
+    chosen, other = (kept[0], kept[1]) if best_at_end else (kept[1], kept[0])
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert adapter_bytes(tmp_path / "run") == adapter_bytes(checkpoints / chosen)
+    assert adapter_bytes(tmp_path / "run") != adapter_bytes(checkpoints / other)
+
+
+def test_a_stopped_run_remembers_its_evaluations(
+    train: Train, held_out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after any step, it writes each line once, and the plateau it waits on is the same."""
+    plateau = ("--lr-scheduler-type", "reduce_lr_on_plateau", "--lr-scheduler-kwargs", "patience=0,factor=0.5")
+    command = ("--max-steps", 9, "--eval-steps", 2, "--save-steps", 3, "--warmup-ratio", 0, *plateau)
+    heard = {0: 9.0, 2: 3.0, 4: 3.5, 6: 3.6, 8: 2.0, 9: 2.5}
+    runs: list[Any] = []
+    original = loop.Run.go
+    monkeypatch.setattr(loop.Run, "go", lambda run, should_stop: runs.append(run) or original(run, should_stop))
+    monkeypatch.setattr(loop, "mean_loss", lambda *_: (heard[runs[-1].state.step], 100))
+    assert train("whole", *command, data=held_out).code == 0
+    step, killed, at = loop.Run._step, (2, 5, 7), [0]
+
+    def dies(run: Any) -> Any:
+        if run.state.step == at[0]:
+            raise KeyboardInterrupt
+        return step(run)
+
+    for at[0] in killed:
+        monkeypatch.setattr(loop.Run, "_step", dies)
+        assert train("stopped", *command, data=held_out).code == 130
+    monkeypatch.setattr(loop.Run, "_step", step)
+    assert train("stopped", *command, data=held_out).code == 0
+    assert lines_of(tmp_path / "stopped", "eval_loss") == lines_of(tmp_path / "whole", "eval_loss")
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+    rates = [line["learning_rate"] for line in lines_of(tmp_path / "stopped")]
+    assert rates == [5e-3, 5e-3, 5e-3, 5e-3, 2.5e-3, 2.5e-3, 1.25e-3, 1.25e-3, 1.25e-3]
+    assert adapter_bytes(tmp_path / "whole") == adapter_bytes(tmp_path / "stopped")
+
+
+def test_prompts_are_answered_at_each_evaluation(
+    train: Train, cli: Cli, held_out: Path, tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As chat answers them with that adapter, and without a trace in what is learned."""
+    monkeypatch.setattr(loop, "_SAMPLE_TOKENS", 8)
+    prompts = tmp_path / "prompts.jsonl"
+    rows = ["What is 1 plus 2?", "", json.dumps({"prompt": "Say: x"})]
+    rows += [json.dumps({"messages": [{"role": "user", "content": "What is 2 plus 2?"}]})]
+    prompts.write_text("\n".join(rows))
+    command = ("--max-steps", 4, "--eval-steps", 2)
+    ran = train("run", *command, "--sample-prompts", prompts, data=held_out)
+    assert ran.code == 0, ran.err
+    lines = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    asked = ["What is 1 plus 2?", "Say: x", "What is 2 plus 2?"]
+    assert [(line["step"], line["prompt"]) for line in lines] == [(step, ask) for step in (0, 2, 4) for ask in asked]
+    options = [part for ask in asked for part in ("--prompt", ask)]
+    for model, first in ((tiny_llama, 0), (tmp_path / "run", 6)):
+        chatted = cli("chat", model, *options, "--max-new-tokens", 8, "--json").json
+        answers = [one["answer"] for one in chatted["answers"]]
+        assert [line["answer"] for line in lines[first : first + 3]] == answers
+    assert train("without", *command, data=held_out).code == 0
+    assert adapter_bytes(tmp_path / "without") == adapter_bytes(tmp_path / "run")
+    assert "samples.jsonl" in open_artifact(tmp_path / "run", "adapter").manifest["files"]
+
+
+@pytest.mark.parametrize("content", [None, '{"question": "x"}', "{broken", '{"messages": []}', '{"prompt": 3}'])
+def test_a_file_of_no_prompts_is_refused(content: str | None, train: Train, held_out: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    if content is not None:
+        prompts.write_text(content)
+    ran = train("run", "--max-steps", 2, "--eval-steps", 1, "--sample-prompts", prompts, data=held_out)
+    assert ran.code == 3
+    assert str(prompts) in ran.err
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_evaluations_without_held_out_blocks_are_refused(train: Train) -> None:
+    ran = train("run", "--max-steps", 2, "--eval-steps", 1)
+    assert ran.code == 2
+    assert "eval_steps: found no held-out blocks" in ran.err
+
+
+def test_a_held_out_loss_that_is_no_number_ends_the_run(
+    train: Train, held_out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hearing(monkeypatch, 3.0, 2.5, math.nan)
+    ran = train("run", "--max-steps", 6, "--eval-steps", 2, "--save-steps", 1, data=held_out)
+    assert ran.code == 8
+    assert "step 4: found a held-out loss of nan" in ran.err
+    assert sorted(os.listdir(tmp_path / "run" / "checkpoints"))[-1] == "step-00000003"
+
+
+# Saving
+
+
+def test_a_checkpoint_is_saved_when_minutes_have_passed(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, original = [0.0], loop.Run._step
+
+    def monotonic() -> float:
+        now[0] += 0.01
+        return now[0]
+
+    def slowly(run: Any) -> Any:
+        now[0] += 25
+        return original(run)
+
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=monotonic))
+    monkeypatch.setattr(loop.Run, "_step", slowly)
+    ran = train("run", "--max-steps", 8, "--save-minutes", 1, "--keep-checkpoints", 9)
+    assert ran.code == 0, ran.err
+    assert sorted(os.listdir(tmp_path / "run" / "checkpoints")) == [f"step-{step:08d}" for step in (3, 6, 8)]
+
+
+def test_as_many_checkpoints_are_kept_as_were_asked_for(train: Train, tmp_path: Path) -> None:
+    assert train("run", "--max-steps", 7, "--save-steps", 2, "--keep-checkpoints", 2).code == 0
+    assert sorted(os.listdir(tmp_path / "run" / "checkpoints")) == ["step-00000006", "step-00000007"]
+
+
+def test_what_a_checkpoint_says_is_plain_json(train: Train, held_out: Path, tmp_path: Path) -> None:
+    train("run", "--max-steps", 2, "--eval-steps", 2, "--save-steps", 1, data=held_out)
+    for path in tmp_path.glob("run/**/*.json"):
+        json.loads(path.read_text(), parse_constant=lambda word, path=path: pytest.fail(f"{path}: {word}"))
