@@ -52,11 +52,12 @@ TYPED: list[tuple[type[StepConfig], str, dict[str, Any]]] = [
         "--split s --subset u --revision r --format alpaca --columns instruction=a,output=b --max-rows 7 "
         "--validation-split 0.125 --validation-dataset /d/v.csv --on-bad-row skip --num-workers 2 "
         "--seed 5 --preview 3 --preview-ids /d/r.jsonl /d/s.jsonl "
-        "--tokenizer t --block-size 64 --train-on all --template none --pack none --long drop "
+        "--tokenizer t --add-tokens <a>,<b> --block-size 64 --train-on all --template none --pack none --long drop "
         "--output /o --overwrite",
         {
             "dataset": ["/d/r.jsonl", "/d/s.jsonl"],
             "tokenizer": "t",
+            "add_tokens": ["<a>", "<b>"],
             "seed": 5,
             "preview": 3,
             "preview_ids": True,
@@ -83,12 +84,19 @@ TYPED: list[tuple[type[StepConfig], str, dict[str, Any]]] = [
         TrainConfig,
         "--split s --subset u --revision r --format alpaca --columns instruction=a,output=b --max-rows 7 "
         "--validation-split 0.125 --validation-dataset /d/v.csv --on-bad-row skip --num-workers 2 "
-        "--model m --dataset /d/r.jsonl --dtype bf16 --attention sdpa --quantize nf4 --block-size 32 --train-on all "
+        "--model m --dataset /d/r.jsonl --dtype bf16 --attention sdpa --quantize nf4 --no-double-quantization "
+        "--int8-threshold 5 --add-tokens <a> --block-size 32 --train-on all "
         "--template chat --pack none --long split --rank 4 --lora-alpha 7.5 --lora-dropout 0.25 "
-        "--target-modules q_proj,v_proj --learning-rate 2e-5 --lr-scheduler-type cosine --warmup-ratio 0.5 "
-        "--weight-decay 0.125 --max-grad-norm 3 "
-        "--batch-size 2 --effective-batch-size 8 --epochs 0.5 --max-steps 7 --no-gradient-checkpointing --seed 9 "
-        "--plan /p.json --save-steps 11 --save-total-limit 12 --logging-steps 13 --output /o --overwrite",
+        "--target-modules q_proj,v_proj --layers-to-transform 0,2-3 --use-rslora --use-dora "
+        "--modules-to-save lm_head,embed_tokens --adapter a/b --optimizer lion_8bit "
+        "--learning-rate 2e-5 --lr-scheduler-type polynomial --lr-scheduler-kwargs power=2,lr_end=1e-7 "
+        "--warmup-ratio 0.5 --weight-decay 0.125 --max-grad-norm 3 "
+        "--batch-size 2 --effective-batch-size 16 --epochs 0.5 --max-steps 7 --extend --no-gradient-checkpointing "
+        "--torch-compile --seed 9 --deterministic "
+        "--plan /p.json --parallel fsdp --num-processes 4 --num-machines 2 --rendezvous host:29500 "
+        "--accelerate-config /a.yaml --eval-steps 5 --early-stopping-patience 3 --load-best-model-at-end "
+        "--sample-prompts /p.txt --save-steps 11 --save-minutes 2.5 --keep-checkpoints 12 --logging-steps 13 "
+        "--track mlflow --push-to-hub o/r --private --output /o --overwrite",
         {
             "model": "m",
             "blocks": [],
@@ -106,6 +114,9 @@ TYPED: list[tuple[type[StepConfig], str, dict[str, Any]]] = [
             "dtype": "bf16",
             "attention": "sdpa",
             "quantize": "nf4",
+            "double_quantization": False,
+            "int8_threshold": 5.0,
+            "add_tokens": ["<a>"],
             "block_size": 32,
             "train_on": "all",
             "template": "chat",
@@ -115,22 +126,45 @@ TYPED: list[tuple[type[StepConfig], str, dict[str, Any]]] = [
             "lora_alpha": 7.5,
             "lora_dropout": 0.25,
             "target_modules": ["q_proj", "v_proj"],
+            "layers_to_transform": [0, 2, 3],
+            "use_rslora": True,
+            "use_dora": True,
+            "modules_to_save": ["lm_head", "embed_tokens"],
+            "adapter": "a/b",
+            "optimizer": "lion_8bit",
             "learning_rate": 2e-5,
-            "lr_scheduler_type": "cosine",
+            "lr_scheduler_type": "polynomial",
+            "lr_scheduler_kwargs": ["power=2", "lr_end=1e-7"],
             "warmup_ratio": 0.5,
             "weight_decay": 0.125,
             "max_grad_norm": 3.0,
             "batch_size": 2,
             "gradient_accumulation_steps": 1,
-            "effective_batch_size": 8,
+            "effective_batch_size": 16,
             "epochs": 0.5,
             "max_steps": 7,
+            "extend": True,
             "gradient_checkpointing": False,
+            "torch_compile": True,
             "seed": 9,
+            "deterministic": True,
             "plan": "/p.json",
+            "parallel": "fsdp",
+            "num_processes": 4,
+            "num_machines": 2,
+            "rendezvous": "host:29500",
+            "accelerate_config": "/a.yaml",
+            "eval_steps": 5,
+            "early_stopping_patience": 3,
+            "load_best_model_at_end": True,
+            "sample_prompts": "/p.txt",
             "save_steps": 11,
+            "save_minutes": 2.5,
             "keep_checkpoints": 12,
             "logging_steps": 13,
+            "track": "mlflow",
+            "push_to_hub": "o/r",
+            "private": True,
             "output": "/o",
             "overwrite": True,
         },
@@ -151,13 +185,15 @@ TYPED: list[tuple[type[StepConfig], str, dict[str, Any]]] = [
     ),
     (
         PlanDevicesConfig,
-        "m --dtype fp16 --quantize int8 --attention sdpa --gpus 2x24GiB,48GB --parallel ddp --rank 4 --lora-alpha 7.5 "
-        "--lora-dropout 0.25 --target-modules q_proj,v_proj --block-size auto --batch-size 3 "
+        "m --dtype fp16 --quantize int8 --no-double-quantization --attention sdpa --gpus 2x24GiB,48GB --parallel ddp "
+        "--rank 4 --lora-alpha 7.5 --lora-dropout 0.25 --target-modules q_proj,v_proj --layers-to-transform 1,0 "
+        "--optimizer sgd --block-size auto --batch-size 3 "
         "--gradient-accumulation-steps 2 --no-gradient-checkpointing --output /o.json --compare --probe",
         {
             "model": "m",
             "dtype": "fp16",
             "quantize": "int8",
+            "double_quantization": False,
             "attention": "sdpa",
             "gpus": [24 * 2**30, 24 * 2**30, 48 * 10**9],
             "cpu": [],
@@ -166,6 +202,8 @@ TYPED: list[tuple[type[StepConfig], str, dict[str, Any]]] = [
             "lora_alpha": 7.5,
             "lora_dropout": 0.25,
             "target_modules": ["q_proj", "v_proj"],
+            "layers_to_transform": [0, 1],
+            "optimizer": "sgd",
             "block_size": "auto",
             "batch_size": 3,
             "gradient_accumulation_steps": 2,

@@ -27,7 +27,8 @@ FLOORS = (
     ("preparing", "model", "attention.trials"),
     ("attention.proving",),
     ("attention",),
-    ("evaluation", "generation"),
+    ("evaluation", "generation", "training.schedule", "training.optimizers", "training.checkpoints"),
+    ("training.loop",),
     ("training", "merging", "starter", "probing", "launching"),
     ("planning",),
 )

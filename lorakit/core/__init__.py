@@ -18,17 +18,17 @@ run folder     what `train` writes: checkpoints and metrics while it runs, the a
 Imports go down only:
 
     planning
-        training, merging, starter, probing, launching
-            evaluation, generation
-                attention
-                    attention.proving
-                        preparing, model, attention.trials
-                            sources, packing, blocks, adapters, offloading, placement,
-                            attention.cases, attention.miniature
-                                readers, tokenization, attention.implementations, memory
-                                    records, profiling, shapes, tracking, accelerate_config, parallel
-                                        templates, weights, hub, environment, elastic, reporting
-                                            artifacts
-                                                config, disk
-                                                    errors, events
+      training, merging, starter, probing, launching
+        training.loop
+          evaluation, generation, training.schedule, training.optimizers, training.checkpoints
+            attention
+              attention.proving
+                preparing, model, attention.trials
+                  sources, packing, blocks, adapters, offloading, placement, attention.cases, attention.miniature
+                    readers, tokenization, attention.implementations, memory
+                      records, profiling, shapes, tracking, accelerate_config, parallel
+                        templates, weights, hub, environment, elastic, reporting
+                          artifacts
+                            config, disk
+                              errors, events
 """

@@ -50,6 +50,7 @@ _QUANTIZE = "Keep the base's linear layers in 8 bits (LLM.int8) or 4 (QLoRA's NF
 TEMPLATES = ("auto", "chat", "none", "alpaca", "vicuna", "llama2", "chatml")
 _DOUBLE_QUANTIZATION = "Quantize the scales of a 4-bit base too: 0.37 bits less for each of its numbers."
 _MAX_SEED = 2**63 - 1  # what torch.manual_seed takes
+_MAX_LAYERS = 10_000
 
 
 def setting(
@@ -123,22 +124,22 @@ def _numbers(pairs: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _names_or_pattern(value: object) -> object:
-    """Names separated by commas; a regular expression stays whole, commas and all."""
-    return (value,) if isinstance(value, str) and is_pattern(value) else _split_commas(value)
+    """Names separated by commas; a regular expression stays whole, commas and all, and stands alone."""
+    names = (value,) if isinstance(value, str) and is_pattern(value) else _split_commas(value)
+    for name in names if isinstance(names, list | tuple) else ():
+        if isinstance(name, str) and is_pattern(name):
+            if len(names) > 1:  # type: ignore[arg-type]
+                raise ValueError("a regular expression among names")
+            try:
+                re.compile(name)
+            except re.error as error:
+                raise ValueError(f"not a regular expression: {error}") from None
+    return names
 
 
 def is_pattern(name: str) -> bool:
     """Whether a name of modules is a regular expression: names themselves are of letters, digits, `_`, `-` and `.`"""
     return re.search(r"[\\^$*+?()\[\]{}|]", name) is not None
-
-
-def _all_compile(names: tuple[str, ...]) -> tuple[str, ...]:
-    for name in names:
-        try:
-            re.compile(name)
-        except re.error as error:
-            raise ValueError(f"not a regular expression: {error}") from None
-    return names
 
 
 def _layer_numbers(value: object) -> object:
@@ -147,7 +148,10 @@ def _layer_numbers(value: object) -> object:
         found: list[int] = []
         for part in _split_commas(value):  # type: ignore[attr-defined]
             first, dash, last = part.partition("-")
-            found += range(int(first), int(last) + 1) if dash else [int(first)]
+            layers = range(int(first), int(last if dash else first) + 1)
+            if not 0 < len(layers) <= _MAX_LAYERS:
+                raise ValueError("not a range of layers")
+            found += layers
         value = tuple(found)
     return tuple(sorted(set(value))) if isinstance(value, list | tuple) else value
 
@@ -173,9 +177,7 @@ Renamings = Annotated[
 """name=column pairs, separated by commas; in a settings file also a mapping."""
 Names = Annotated[tuple[str, ...], BeforeValidator(_split_commas)]
 """Names separated by commas."""
-Modules = Annotated[
-    tuple[str, ...], AfterValidator(_all_compile), BeforeValidator(_names_or_pattern), Field(min_length=1)
-]
+Modules = Annotated[tuple[str, ...], BeforeValidator(_names_or_pattern), Field(min_length=1)]
 """One or more names of modules separated by commas, or one regular expression."""
 Layers = Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_layer_numbers)]
 """Numbers of decoder layers, counted from 0."""
@@ -379,6 +381,7 @@ class LoraSection(Section):
         "Modules that get LoRA: all-linear, names separated by commas (q_proj,v_proj), or a regular expression for "
         "whole names. Attention alone learns less than all linear layers, at equal size too.",
         metavar="NAMES",
+        need="names separated by commas, or one regular expression",
     )
     layers_to_transform: Layers = setting(
         (), "Only these decoder layers get LoRA: 0,4-7.", metavar="NUMBERS", need="numbers of layers: 0,4-7"
@@ -846,13 +849,14 @@ SCHEDULE_ARGUMENTS: Mapping[str, frozenset[str]] = {
     "polynomial": frozenset({"lr_end", "power"}),
     "inverse_sqrt": frozenset({"timescale"}),
     "cosine_with_min_lr": frozenset({"num_cycles", "min_lr", "min_lr_rate"}),
-    "cosine_warmup_with_min_lr": frozenset({"num_cycles", "min_lr", "min_lr_rate", "warmup_lr_rate"}),
+    "cosine_warmup_with_min_lr": frozenset({"num_cycles", "min_lr", "min_lr_rate"}),
     "warmup_stable_decay": frozenset(
-        {"num_decay_steps", "num_stable_steps", "warmup_type", "decay_type", "min_lr_ratio", "num_cycles"}
+        {"num_decay_steps", "num_stable_steps", "decay_type", "min_lr_ratio", "num_cycles"}
     ),
     "reduce_lr_on_plateau": frozenset({"factor", "patience", "threshold", "cooldown", "min_lr"}),
 }
-"""What --lr-scheduler-kwargs may hold for each schedule: the arguments of transformers' and torch's functions."""
+"""What --lr-scheduler-kwargs may hold for each schedule: the arguments of transformers' and torch's functions, without
+those of warm-up, which is the same for all."""
 
 _NEEDED_ARGUMENTS: Mapping[str, frozenset[str]] = {
     "cosine_with_min_lr": frozenset({"min_lr", "min_lr_rate"}),

@@ -488,14 +488,15 @@ def _targets(base: PreTrainedModel, lora: LoraSection) -> dict[str, Any]:
             f"layers_to_transform: found {max(layers)}, need layers 0 to {base.config.num_hidden_layers - 1}",
             "correct --layers-to-transform",
         )
+    there = [name for name in linears if not layers or _layer_of(name) in layers]
     of_layers: dict[str, Any] = {"layers_to_transform": list(layers)} if layers else {}
     if names == ("all-linear",):
         leaves = sorted({name.rpartition(".")[2] for name in inner})
         return {"target_modules": leaves if layers else "all-linear", **of_layers}
     for target in names:
-        matched = [name for name in linears if is_called(name, target)]
+        matched = [name for name in there if is_called(name, target)]
         if not matched:
-            there_are = sorted({name.rsplit(".", 1)[-1] for name in inner})
+            there_are = sorted({name.rsplit(".", 1)[-1] for name in inner if name in there})
             raise InputRefused(
                 f"target_modules: found {target!r}, which matches no linear layer; need some of {', '.join(there_are)}",
                 "correct --target-modules, or leave it out: all-linear",
@@ -508,7 +509,7 @@ def _targets(base: PreTrainedModel, lora: LoraSection) -> dict[str, Any]:
     if is_pattern(names[0]):  # PEFT takes a pattern or layers: of both the names that they mean
         if not layers:
             return {"target_modules": names[0]}
-        return {"target_modules": [name for name in linears if is_called(name, names[0]) and _layer_of(name) in layers]}
+        return {"target_modules": [name for name in there if is_called(name, names[0])]}
     return {"target_modules": sorted(names), **of_layers}
 
 

@@ -23,7 +23,6 @@ let_gpu_memory_grow()  # before torch asks
 
 import torch  # noqa: E402
 
-from lorakit.core import training  # noqa: E402
 from lorakit.core.attention import apply  # noqa: E402
 from lorakit.core.blocks import Batch  # noqa: E402
 from lorakit.core.config import TrainConfig  # noqa: E402
@@ -33,10 +32,16 @@ from lorakit.core.model import (  # noqa: E402
     autocast,
     make_ready,
     quantized,
+    trained_names,
     trained_parameters,
 )
 from lorakit.core.offloading import offload, offloaded  # noqa: E402
+from lorakit.core.parallel import alone  # noqa: E402
 from lorakit.core.shapes import Shape, config_of, shape_of  # noqa: E402
+from lorakit.core.training import loop  # noqa: E402
+from lorakit.core.training.checkpoints import State  # noqa: E402
+from lorakit.core.training.optimizers import LearningRate, make_optimizer  # noqa: E402
+from lorakit.core.training.schedule import Schedule  # noqa: E402
 from tests.live import LiveBytes  # noqa: E402
 
 
@@ -53,6 +58,7 @@ class Row(NamedTuple):
     rank: int
     layers: int = 0
     offloaded: int = 0
+    optimizer: str = "adamw"
 
 
 ROWS = [
@@ -88,19 +94,29 @@ ROWS = [
     Row("llama-2-7b", "none", 8192, 8, True, False, 16, 8),
     Row("llama-3.1-8b", "nf4", 8192, 2, False, False, 8, 8),
     Row("llama-3.1-8b", "nf4", 8192, 8, True, False, 64, 8),
-    Row("llama-2-7b", "none", 2048, 1, True, False, 16, 0, 16),
-    Row("llama-2-7b", "none", 512, 1, True, False, 16, 0, 32),
-    Row("llama-2-7b", "nf4", 2048, 2, True, False, 16, 0, 16),
-    Row("llama-3.1-8b", "none", 4096, 1, True, False, 64, 0, 20),
-    Row("llama-3.1-8b", "nf4", 512, 1, True, False, 64, 0, 32),
+    Row("llama-2-7b", "none", 2048, 1, True, False, 16, offloaded=16),
+    Row("llama-2-7b", "none", 512, 1, True, False, 16, offloaded=32),
+    Row("llama-2-7b", "nf4", 2048, 2, True, False, 16, offloaded=16),
+    Row("llama-3.1-8b", "none", 4096, 1, True, False, 64, offloaded=20),
+    Row("llama-3.1-8b", "nf4", 512, 1, True, False, 64, offloaded=32),
+    Row("llama-2-7b", "nf4", 512, 1, True, False, 64, optimizer="adamw_8bit"),
+    Row("llama-2-7b", "nf4", 512, 1, True, False, 256, optimizer="adamw_8bit"),
+    Row("llama-2-7b", "nf4", 512, 1, True, False, 64, optimizer="lion_8bit"),
+    Row("llama-2-7b", "nf4", 512, 1, True, False, 256, optimizer="lion_8bit"),
+    Row("llama-2-7b", "nf4", 512, 1, True, False, 64, optimizer="paged_adamw_8bit"),
+    Row("llama-2-7b", "nf4", 512, 1, True, False, 256, optimizer="paged_adamw_8bit"),
+    Row("llama-2-7b", "nf4", 512, 1, True, False, 256, optimizer="sgd"),
 ]
 TINY_ROWS = [
     Row("tiny", "none", 64, 2, True, False, 8),
     Row("tiny", "none", 128, 1, False, True, 16),
     Row("tiny", "nf4", 64, 2, True, False, 8),
     Row("tiny", "int8", 64, 2, True, True, 8),
-    Row("tiny", "none", 64, 2, True, False, 8, 0, 2),
-    Row("tiny", "nf4", 64, 2, True, False, 8, 0, 3),
+    Row("tiny", "none", 64, 2, True, False, 8, offloaded=2),
+    Row("tiny", "nf4", 64, 2, True, False, 8, offloaded=3),
+    Row("tiny", "nf4", 256, 4, True, False, 64, optimizer="adamw_8bit"),
+    Row("tiny", "nf4", 256, 4, True, False, 64, optimizer="lion_8bit"),
+    Row("tiny", "nf4", 256, 4, True, False, 64, optimizer="sgd"),
 ]
 SPREAD = 0.005
 TINY = {"model_type": "llama", "vocab_size": 1000, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 3}
@@ -125,6 +141,7 @@ def workload(row: Row, device: torch.device) -> Workload:
         gradient_checkpointing=row.checkpointing,
         attention="varlen" if device.type == "cuda" else "sdpa",
         loss_tokens=10**9 if row.full else 256,
+        optimizer=row.optimizer,  # type: ignore[arg-type]
     )
 
 
@@ -175,23 +192,24 @@ class RandomBlocks:
         return Batch(ids, positions, positions > 0)
 
 
-def training_run(row: Row, base: Any, device: torch.device) -> Any:
+def training_run(row: Row, base: Any, device: torch.device) -> loop.Run:
     """train's own run, ready to step, without its folder, its blocks and its checkpoints."""
     values = {"model": row.model, "blocks": "none", "quantize": row.quantize, "rank": row.rank, "dtype": "bf16"}
-    values |= {"batch_size": row.batch, "gradient_checkpointing": row.checkpointing}
+    values |= {"batch_size": row.batch, "gradient_checkpointing": row.checkpointing, "optimizer": row.optimizer}
     config = TrainConfig.resolve((None, values))
-    run = training._Run.__new__(training._Run)
-    run.config, run.device, run.state = config, device, training._State()
+    run = loop.Run.__new__(loop.Run)
+    run.config, run.world, run.device, run.state = config, alone(device), device, State()
     run.blocks = RandomBlocks(row, base.config.vocab_size)  # type: ignore[assignment]
-    run.schedule = training.Schedule(1000, row.batch, 1000, 0)
-    run.model = add_lora(base, config.lora, 0, row.model)
-    assert all(parameter.device.type == device.type for parameter in lora_parameters(run.model).values())
+    run.schedule, run.batch_size = Schedule(1000, row.batch, 1000, 0), row.batch
+    run.model = add_lora(base, config.lora, 0, row.model, config.lora_kind)
+    assert all(parameter.device.type == device.type for parameter in trained_parameters(run.model).values())
     assert bool(offloaded(base)) is bool(row.offloaded)
     make_ready(run.model, torch.bfloat16, checkpointing=row.checkpointing)
     run.scaled, run.autocast = False, autocast(device, torch.bfloat16)
-    run.parameters = trained_parameters(run.model)
-    run.optimizer = torch.optim.AdamW(run.parameters.values(), fused=device.type == "cuda")
-    run.rate_at = lambda step: 1e-4
+    run.names = trained_names(run.model)
+    run.parameters = trained_parameters(run.model, run.names)
+    run.optimizer = make_optimizer(config, run.parameters)
+    run.learning_rate = LearningRate(config, run.schedule.steps)
     return run
 
 
@@ -207,7 +225,7 @@ def taken_back(run: Any) -> Any:
 def measure(row: Row, base: Any, device: torch.device, shape: Shape) -> dict[str, int]:
     """The second step's peak, and what was there at other moments. On the CPU: planned weights and states + live."""
     cuda, found = device.type == "cuda", {}
-    original = training.loss_sum
+    original = loop.loss_sum
 
     def allocated() -> int:
         return torch.cuda.memory_allocated() if cuda else 0
@@ -221,7 +239,7 @@ def measure(row: Row, base: Any, device: torch.device, shape: Shape) -> dict[str
     found["weights"] = allocated()
     run = training_run(row, base, device)
     found["with_lora"] = allocated()
-    training.loss_sum = watched  # type: ignore[assignment]
+    loop.loss_sum = watched  # type: ignore[assignment]
     try:
         run._step()
         run.optimizer.zero_grad(set_to_none=True)
@@ -242,7 +260,7 @@ def measure(row: Row, base: Any, device: torch.device, shape: Shape) -> dict[str
             copies = planned.weights - resident_weights(row, shape, device)  # which are live tensors
             found["peak"] = planned.weights - copies + planned.lora + planned.optimizer + counted.peak  # type: ignore[union-attr]
     finally:
-        training.loss_sum = original
+        loop.loss_sum = original
         taken_back(run)
         del run
         gc.collect()
@@ -293,12 +311,15 @@ def main() -> int:
     room = torch.cuda.mem_get_info()[0] if device.type == "cuda" else 2**40
     started, errors = time.monotonic(), []
     show(f"torch {torch.__version__}, {torch.cuda.get_device_name() if device.type == 'cuda' else 'cpu'}")
-    show("model         base  block batch ck   loss  rank layers offloaded   planned  measured    error   seconds")
+    show(
+        "model         base  block batch ck   loss  rank layers offloaded optimizer         planned  measured    error"
+        "   seconds"
+    )
     for row, base, shape in rows_in_turn(rows, device):
         at = time.monotonic()
         kind = f"{'yes' if row.checkpointing else 'no':<4} {'full' if row.full else 'chunk':<5}"
         name = f"{row.model:<13} {row.quantize:<5} {row.block:>5} {row.batch:>5} {kind} {row.rank:>4}"
-        name += f" {shape.num_layers:>6} {row.offloaded:>9}"
+        name += f" {shape.num_layers:>6} {row.offloaded:>9} {row.optimizer:<16}"
         planned = plan(row, shape, device)
         if at - started > given.limit or planned.total > room:
             why = "no room" if planned.total > room else "no time"

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from lorakit.core import artifacts
 from lorakit.core.config import (
+    SCHEDULE_ARGUMENTS,
     ChatConfig,
     DemoConfig,
     EvaluateConfig,
@@ -20,6 +21,7 @@ from lorakit.core.config import (
     StepConfig,
     TrainConfig,
     differences,
+    is_pattern,
     option_name,
 )
 from lorakit.core.errors import UsageError
@@ -40,7 +42,24 @@ NEEDED: Mapping[type[StepConfig], dict[str, object]] = {
 EVERY = {
     PrepareConfig: {"block_size": 64, "long": "drop", "pack": "none", "output": "out", "overwrite": True},
     PlanDevicesConfig: {"gpus": "2x24GiB,48GB", "batch_size": "auto", "block_size": 512, "parallel": "auto"},
-    TrainConfig: {"rank": 3, "target_modules": ("q_proj", "v_proj"), "batch_size": 2, "effective_batch_size": 6},
+    TrainConfig: {
+        "rank": 3,
+        "target_modules": ("q_proj", "v_proj"),
+        "layers_to_transform": "0,4-6",
+        "modules_to_save": "embed_tokens,lm_head",
+        "add_tokens": "<a>,<b>",
+        "adapter": "owner/adapter",
+        "lr_scheduler_type": "cosine_with_min_lr",
+        "lr_scheduler_kwargs": "min_lr_rate=0.1",
+        "batch_size": 2,
+        "effective_batch_size": 6,
+        "parallel": "fsdp",
+        "num_processes": 3,
+        "eval_steps": 5,
+        "load_best_model_at_end": True,
+        "push_to_hub": "owner/adapter",
+        "private": True,
+    },
     PatchAttentionConfig: {"block_size": 128, "apply": True, "implementation": "sdpa", "apply_to": "/d/model"},
     MergeConfig: {"base": "owner/base", "output": "/d/merged"},
     ChatConfig: {"prompt": ("a, b", "- [x]: 'c'"), "system": "Sei höflich.\n", "temperature": 0.7, "top_p": 0.9},
@@ -216,6 +235,9 @@ BOUNDS: list[tuple[type[StepConfig], str, list[object], list[object]]] = [
     (PlanDevicesConfig, "block_size", [8, 65536, "auto"], [7, 65537, "most"]),
     (PlanDevicesConfig, "batch_size", [1, "auto"], [0, -1, 1.5]),
     (PlanDevicesConfig, "gradient_accumulation_steps", [1], [0]),
+    (TrainConfig, "int8_threshold", [0, 6], [-0.1]),
+    (TrainConfig, "eval_steps", [1], [0]),
+    (TrainConfig, "save_minutes", [0.1], [0]),
     (TrainConfig, "rank", [1], [0, -1]),
     (TrainConfig, "lora_alpha", [1e-9], [0, -1]),
     (TrainConfig, "lora_dropout", [0, 0.99], [-0.01, 1]),
@@ -258,7 +280,27 @@ def test_every_number_has_its_bounds_tried() -> None:
     tried = {(config_class, name) for config_class, name, _, _ in BOUNDS}
     numbers = {(c, name) for c in CONFIGS for name, knob in c.settings().items() if knob.kind in (int, float)}
     shared = {"block_size", "max_rows", "validation_split", "num_workers"}  # tried where `prepare` has them
-    assert {(c, name) for c, name in numbers if (c, name) not in tried} <= {(TrainConfig, name) for name in shared}
+    together = {"early_stopping_patience", "num_processes", "num_machines"}  # tried below, with what they need beside
+    lacking = {(c, name) for c, name in numbers if (c, name) not in tried}
+    assert lacking <= {(TrainConfig, name) for name in shared | together}
+
+
+@pytest.mark.parametrize(
+    ("name", "beside", "inside", "outside"),
+    [
+        ("early_stopping_patience", {"eval_steps": 1}, [1], [0]),
+        ("num_processes", {"parallel": "ddp"}, [1, 1024], [0, 1025]),
+        ("num_machines", {"parallel": "ddp", "rendezvous": "host:29500"}, [2, 1024], [0, 1025]),
+    ],
+)
+def test_bounds_hold_beside_what_a_setting_needs(
+    name: str, beside: dict[str, object], inside: list[int], outside: list[int]
+) -> None:
+    for value in inside:
+        assert train(**beside, **{name: value}).flat()[name] == value
+    for value in outside:
+        error = refused_train(None, **beside, **{name: value})
+        assert f"{option_name(name)}: found {value!r}, need a whole number ≥ 1" in error.message
 
 
 @pytest.mark.parametrize("value", [2.5, "2.5", "two", "", None, [2], {"a": 1}])
@@ -355,10 +397,34 @@ def test_the_demos_own_folder_is_absolute_too(tmp_path: Path) -> None:
 # Rules between settings
 
 
-def test_the_effective_batch_size_sets_the_accumulation() -> None:
-    assert train(batch_size=4, effective_batch_size=12).batch.accumulation_steps == 3
-    assert train(batch_size=4, gradient_accumulation_steps=5).batch.accumulation_steps == 5
-    assert train().batch.accumulation_steps == 1
+@pytest.mark.parametrize(
+    ("options", "blocks"),
+    [
+        ({}, 1),
+        ({"batch_size": 4, "effective_batch_size": 12}, 12),
+        ({"batch_size": 4, "gradient_accumulation_steps": 5}, 20),
+        ({"batch_size": "auto", "effective_batch_size": 12}, 12),
+        ({"batch_size": 2, "gradient_accumulation_steps": 3, "parallel": "ddp", "num_processes": 4}, 24),
+        ({"batch_size": 2, "effective_batch_size": 24, "parallel": "fsdp", "num_processes": 4}, 24),
+        ({"parallel": "ddp", "num_processes": 4, "num_machines": 2, "rendezvous": "host:1"}, 8),
+        ({"parallel": "split", "gradient_accumulation_steps": 3}, 3),
+    ],
+    ids=str,
+)
+def test_a_step_takes_as_many_blocks_as_all_devices_accumulate(options: dict[str, object], blocks: int) -> None:
+    assert train(**options).blocks_per_step == blocks
+
+
+def test_settled_settings_are_the_same_however_a_step_is_shared() -> None:
+    """One process with eight micro-steps, four with two: what the adapter is doesn't depend on it."""
+    alone = train(gradient_accumulation_steps=8)
+    both = train(parallel="ddp", num_processes=2, batch_size=2, gradient_accumulation_steps=2)
+    found_four = train(parallel="fsdp", effective_batch_size=8).settled(num_processes=4)
+    settled = [alone.settled(), both.settled(), found_four]
+    assert [config.identity() for config in settled] == [settled[0].identity()] * 3
+    assert [config.blocks_per_step for config in settled] == [8, 8, 8]
+    assert found_four.devices.num_processes == 4
+    assert found_four.settled(num_processes=4) == found_four
 
 
 @pytest.mark.parametrize("effective", [1, 3, 5, 7])
@@ -373,6 +439,87 @@ def test_only_one_setting_says_the_accumulation() -> None:
     message = refused_train(None, effective_batch_size=4, gradient_accumulation_steps=2).message
     assert "effective" in message
     assert "accumulation" in message
+
+
+def test_auto_needs_the_blocks_of_a_step() -> None:
+    assert (
+        "batch_size: found auto alone, need --effective-batch-size N" in refused_train(None, batch_size="auto").message
+    )
+
+
+CONTRADICTIONS: list[tuple[dict[str, object], list[str]]] = [
+    ({"early_stopping_patience": 2}, ["--early-stopping-patience without evaluations, need --eval-steps N"]),
+    ({"load_best_model_at_end": True}, ["--load-best-model-at-end without evaluations, need --eval-steps N"]),
+    ({"sample_prompts": "/p.txt"}, ["--sample-prompts without evaluations, need --eval-steps N"]),
+    ({"lr_scheduler_type": "reduce_lr_on_plateau"}, ["reduce_lr_on_plateau without evaluations, need --eval-steps N"]),
+    ({"lr_scheduler_kwargs": "power=2"}, ["lr_scheduler_kwargs: found power, need those of linear: none"]),
+    ({"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": "powr=2"}, ["need those of polynomial: lr_end, power"]),
+    ({"lr_scheduler_type": "cosine_with_min_lr"}, ["found no min_lr or min_lr_rate, which cosine_with_min_lr needs"]),
+    ({"lr_scheduler_type": "warmup_stable_decay"}, ["found no num_decay_steps, which warmup_stable_decay needs"]),
+    ({"num_processes": 2}, ["--num-processes or --num-machines with --parallel left out, need --parallel ddp or fsdp"]),
+    ({"num_processes": 2, "parallel": "split"}, ["with --parallel split, need --parallel ddp or fsdp"]),
+    ({"parallel": "fsdp", "quantize": "int8"}, ["--parallel fsdp with --quantize int8, need none, nf4 or fp4"]),
+    ({"num_machines": 2, "parallel": "ddp"}, ["found one of --num-machines and --rendezvous, need both"]),
+    ({"rendezvous": "host:1", "parallel": "ddp"}, ["found one of --num-machines and --rendezvous, need both"]),
+    (
+        {"num_machines": 2, "parallel": "ddp", "rendezvous": "host"},
+        ["rendezvous: found 'host', need HOST:PORT"],
+    ),
+    (
+        {"effective_batch_size": 6, "batch_size": 2, "parallel": "ddp", "num_processes": 2},
+        ["effective_batch_size: found 6, need a multiple of batch_size (2) × 2 processes"],
+    ),
+    ({"private": True}, ["found --private alone, need --push-to-hub REPO"]),
+    (
+        {"parallel": "fsdp", "quantize": "int8", "load_best_model_at_end": True, "private": True, "num_machines": 2},
+        ["--load-best-model-at-end without", "--parallel fsdp with", "--num-machines and --rendezvous", "--private"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("values", "words"), CONTRADICTIONS, ids=lambda value: "-".join(value))
+def test_what_contradicts_is_said_with_what_to_change_and_all_at_once(
+    values: dict[str, object], words: list[str]
+) -> None:
+    lines = refused_train(None, **values).message.splitlines()
+    assert len(lines) == len(words)
+    assert all(word in line for word, line in zip(words, lines, strict=True))
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "polynomial", "inverse_sqrt", "constant"])
+def test_arguments_of_a_schedule_are_names_and_values(schedule: str) -> None:
+    known = SCHEDULE_ARGUMENTS.get(schedule, frozenset())
+    for name in known:
+        found = train(lr_scheduler_type=schedule, lr_scheduler_kwargs={name: 2})
+        assert found.optimizer.lr_scheduler_kwargs == (f"{name}=2",)
+    for value in ("power", "=2", "power=", "2=power", "po wer=2"):
+        message = refused_train(None, lr_scheduler_type=schedule, lr_scheduler_kwargs=value).message
+        assert message.startswith("--lr-scheduler-kwargs: found ")
+
+
+@pytest.mark.parametrize(
+    ("value", "layers"), [("0,4-7", [0, 4, 5, 6, 7]), ("3, 1,3", [1, 3]), ([2, 0], [0, 2]), ("", []), ("5-5", [5])]
+)
+def test_layers_are_numbers_and_ranges(value: object, layers: list[int]) -> None:
+    assert train(layers_to_transform=value).flat()["layers_to_transform"] == layers
+
+
+@pytest.mark.parametrize("value", ["a", "0,-1", "1-", "-3", "5-4", "0-999999999999", "1.5", 2, True])
+def test_what_are_no_layers_is_refused(value: object) -> None:
+    error = refused_train("run.yaml", layers_to_transform=value)
+    assert error.message == f"run.yaml: layers_to_transform: found {value!r}, need numbers of layers: 0,4-7"
+
+
+def test_a_regular_expression_stands_alone_and_keeps_its_commas() -> None:
+    """Among names PEFT would take it for one, which matches nothing."""
+    pattern = r".*\.[0-9]{1,2}\.mlp\.(up|down)_proj"
+    assert train(target_modules=pattern).lora.target_modules == (pattern,)
+    assert train(("run.yaml", {"target_modules": [pattern]})).lora.target_modules == (pattern,)
+    for value in (["q_proj", pattern], "[q_proj", "*"):
+        message = refused_train("run.yaml", target_modules=value).message
+        assert message == (
+            f"run.yaml: target_modules: found {value!r}, need names separated by commas, or one regular expression"
+        )
 
 
 def test_a_run_takes_blocks_or_a_dataset() -> None:
@@ -444,6 +591,12 @@ share = st.floats(min_value=0, max_value=1, exclude_max=True)
 words = st.text(st.characters(exclude_categories=["Cs"], exclude_characters=",\0"), min_size=1, max_size=20).map(
     str.strip
 )
+
+
+def is_name(word: str) -> bool:
+    return bool(word) and not is_pattern(word)
+
+
 values_of_train = st.fixed_dictionaries(
     {"model": words.filter(lambda name: name and not name.startswith("~"))},
     optional={
@@ -451,7 +604,22 @@ values_of_train = st.fixed_dictionaries(
         "rank": st.integers(1, 10**9),
         "lora_alpha": positive,
         "lora_dropout": share,
-        "target_modules": st.lists(words.filter(bool), min_size=1, max_size=4).map(tuple),
+        "target_modules": st.lists(words.filter(is_name), min_size=1, max_size=4).map(tuple)
+        | st.sampled_from([(r".*\.q_proj",), (r"(a|b),{2,3}",)]),
+        "layers_to_transform": st.sets(st.integers(0, 10**6), max_size=4).map(sorted).map(tuple),
+        "modules_to_save": st.lists(words.filter(bool), max_size=3).map(tuple),
+        "add_tokens": st.lists(words.filter(bool), max_size=3).map(tuple),
+        "use_rslora": st.booleans(),
+        "use_dora": st.booleans(),
+        "optimizer": st.sampled_from(["adamw", "paged_lion_8bit", "sgd"]),
+        "quantize": st.sampled_from(["none", "int8", "nf4", "fp4"]),
+        "double_quantization": st.booleans(),
+        "int8_threshold": st.floats(min_value=0, allow_infinity=False),
+        "eval_steps": st.none() | st.integers(1, 10**6),
+        "save_minutes": st.none() | positive,
+        "deterministic": st.booleans(),
+        "torch_compile": st.booleans(),
+        "extend": st.booleans(),
         "learning_rate": positive,
         "lr_scheduler_type": st.sampled_from(["linear", "cosine", "constant"]),
         "warmup_ratio": share,
@@ -479,9 +647,7 @@ def test_any_run_can_be_repeated_from_its_folder(
     for name in ("output", "model"):
         values.pop(name, None)
         given_back.pop(name, None)
-    if "target_modules" in values:
-        values["target_modules"] = list(values["target_modules"])  # type: ignore[call-overload]
-    assert given_back == values
+    assert given_back == {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
     assert written_and_read(config, tmp_path_factory.getbasetemp()) == config
 
 
@@ -489,7 +655,11 @@ def test_any_run_can_be_repeated_from_its_folder(
 @given(values=values_of_train.map(lambda values: {k: v for k, v in values.items() if v is not None}))
 def test_what_is_typed_means_what_stands_in_a_file(values: dict[str, Any]) -> None:
     typed = {
-        name: ",".join(value) if isinstance(value, tuple) else value if isinstance(value, bool) else str(value)
+        name: ",".join(map(str, value))
+        if isinstance(value, tuple)
+        else value
+        if isinstance(value, bool)
+        else str(value)
         for name, value in values.items()
     }
     needed = {"dataset": "rows.jsonl"}
@@ -551,17 +721,42 @@ CHANGED: Mapping[str, object] = {
     "warmup_ratio": 0.1,
     "weight_decay": 0.1,
     "max_grad_norm": 0.5,
-    "batch_size": 2,
-    "gradient_accumulation_steps": 2,
+    "effective_batch_size": 2,
     "epochs": 2.0,
     "max_steps": 5,
     "seed": 1,
+    "quantize": "nf4",
+    "double_quantization": False,
+    "int8_threshold": 5.0,
+    "attention": "eager",
+    "layers_to_transform": (1,),
+    "use_rslora": True,
+    "use_dora": True,
+    "modules_to_save": ("embed_tokens",),
+    "add_tokens": ("<new>",),
+    "adapter": "owner/adapter",
+    "optimizer": "lion",
+    "lr_scheduler_kwargs": ("power=2",),
+    "gradient_checkpointing": False,
+    "torch_compile": True,
+    "deterministic": True,
+    "eval_steps": 5,
+    "early_stopping_patience": 3,
+    "load_best_model_at_end": True,
 }
 
 
 @pytest.mark.parametrize("name", CHANGED)
 def test_what_decides_the_adapter_is_part_of_its_identity(name: str) -> None:
-    assert train(**{name: CHANGED[name]}).identity() != train().identity()
+    beside: dict[str, object] = {"eval_steps": 4}
+    schedule = {"lr_scheduler_type": "polynomial"} if name == "lr_scheduler_kwargs" else {}
+    assert train(**{**beside, **schedule, name: CHANGED[name]}).identity() != train(**beside, **schedule).identity()
+
+
+@pytest.mark.parametrize("name", ["batch_size", "gradient_accumulation_steps"])
+def test_of_the_batch_its_size_over_all_decides(name: str) -> None:
+    assert train(**{name: 2}).settled().identity() != train().settled().identity()
+    assert train(**{name: 2}).settled().identity() == train(effective_batch_size=2).settled().identity()
 
 
 @pytest.mark.parametrize(
@@ -574,12 +769,21 @@ def test_what_decides_the_adapter_is_part_of_its_identity(name: str) -> None:
         ("save_steps", 7),
         ("keep_checkpoints", 7),
         ("logging_steps", 7),
+        ("save_minutes", 7.0),
+        ("parallel", "ddp"),
+        ("plan", "/elsewhere"),
+        ("accelerate_config", "/elsewhere"),
+        ("sample_prompts", "/elsewhere"),
+        ("track", "mlflow"),
+        ("push_to_hub", "owner/adapter"),
+        ("extend", True),
     ],
 )
 def test_what_only_says_where_or_how_often_is_no_part_of_it(name: str, value: object) -> None:
-    changed = train(**{name: value})
-    assert changed != train()
-    assert changed.identity() == train().identity()
+    beside: dict[str, object] = {"eval_steps": 4}
+    changed = train(**beside, **{name: value})
+    assert changed != train(**beside)
+    assert changed.identity() == train(**beside).identity()
 
 
 def test_differences_name_each_setting_with_both_values() -> None:

@@ -355,6 +355,6 @@ def test_data_parallel_and_sharded_devices_hold_what_their_engines_do() -> None:
     shard = memory.peak(whole(shape), shards=4)
     assert copy.gradients == 2 * alone.lora
     assert (copy.weights, copy.lora, copy.optimizer) == (alone.weights, alone.lora, alone.optimizer)
-    outside = alone.weights - 32 * memory.layers[0].weights
-    assert shard.weights == alone.weights // 4 + outside + 2 * memory.layers[0].weights
+    layers = 32 * memory.layers[0].weights
+    assert shard.weights == layers // 4 + (alone.weights - layers) + 2 * memory.layers[0].weights
     assert shard.lora == alone.lora // 4

@@ -247,7 +247,7 @@ def command_line(command: str, inputs: Path, *changed: str) -> list[str]:
         line = ["prepare", str(inputs / "rows.jsonl"), "--tokenizer", str(inputs / "tiny"), "--block-size", "64"]
     elif command == "train":
         line = ["train", "--model", str(inputs / "tiny"), "--blocks", str(inputs / "blocks"), "--max-steps", "6"]
-        line += ["--save-steps", "2", "--save-total-limit", "1", "--no-gradient-checkpointing"]
+        line += ["--save-steps", "2", "--keep-checkpoints", "1", "--no-gradient-checkpointing"]
     else:
         line = ["merge", str(inputs / "adapter")] if not changed else ["merge"]
     return [*line, *changed]

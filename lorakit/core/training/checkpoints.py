@@ -37,7 +37,7 @@ class State:
     attention: str = ""
     """The implementation that the first step was computed with: the others are too."""
     best_step: int = 0
-    best_loss: float = math.inf
+    best_loss: float | None = None
     evaluations_without_better: int = 0
     stopped_early: bool = False
     learning_rate: dict[str, Any] = field(default_factory=dict)

@@ -96,6 +96,7 @@ class Run:
         self.prompts = _read_prompts(config.evaluation.sample_prompts)
         self._require_usable()
         self.schedule = schedule_of(config, blocks)
+        self.learning_rate = LearningRate(config, self.schedule.steps)
         self.state = State(attention=str(checkpoint.facts["attention"]) if checkpoint is not None else "")
         self.checkpoints = Checkpoints(folder, config, parents, report)
         dtype = pick_dtype(config.model.dtype, self.device)
@@ -123,7 +124,6 @@ class Run:
         self.optimizer = make_optimizer(config, self.parameters)
         if pages_nothing(config, self.parameters):
             report(Notice("--optimizer: found no matrix of 100,000 numbers or more, so nothing will be paged"))
-        self.learning_rate = LearningRate(config, self.schedule.steps)
         adapter_bytes = sum(parameter.numel() * 4 for parameter in self.parameters.values())
         disk.require_free_bytes(folder, 3 * adapter_bytes * (config.saving.keep_checkpoints + 2))
         if checkpoint is not None:
@@ -233,6 +233,7 @@ class Run:
         if config.lora_kind.adapter is not None:
             adapter = adapters.open_adapter(Path(config.lora_kind.adapter), self.report)
             _refuse_other_lora(adapter, config)
+            adapters.match(adapter, weights)
             grow(base, adapter.vocabulary)
             return continue_lora(base, adapter, config.model.model)
         return add_lora(base, config.lora, config.batch.seed, config.model.model, config.lora_kind, new_tokens)
@@ -423,7 +424,7 @@ class Run:
             return False
         self.learning_rate.hear(loss)
         state.learning_rate = self.learning_rate.memory
-        better = loss < state.best_loss
+        better = state.best_loss is None or loss < state.best_loss
         if better:
             state.best_loss, state.best_step, state.evaluations_without_better = loss, state.step, 0
         else:
@@ -487,7 +488,7 @@ class Run:
             "attention": state.attention,
             "engine": "standard",
             "best_step": state.best_step or None,
-            "eval_loss": state.best_loss if state.best_step else None,
+            "eval_loss": state.best_loss,
             "adapter_step": state.best_step if best else state.step,
         }
         with self.world.together():
@@ -495,7 +496,9 @@ class Run:
                 files = {
                     **self._adapter_files(tensors),
                     **tokenizer_files(self.tokenizer),
-                    "README.md": _model_card(self.config, facts, self.blocks.fingerprint).encode(),
+                    "README.md": _model_card(
+                        self.config, self.model.peft_config["default"], facts, self.blocks
+                    ).encode(),
                     "report.html": self._report_page(facts),
                 }
                 kept = [name for name in (METRICS, SAMPLES) if (self.folder / name).exists()]
@@ -647,9 +650,10 @@ def _adapter_config(model: PeftModel) -> bytes:
     return (json.dumps(plain, indent=2, sort_keys=True, default=str) + "\n").encode()
 
 
-def _model_card(config: TrainConfig, facts: Mapping[str, Any], data: str) -> str:
+def _model_card(config: TrainConfig, lora: Any, facts: Mapping[str, Any], blocks: Blocks) -> str:
     base = config.model.model
     base_line = f"base_model: {base}\n" if not Path(base).exists() else ""
+    targets = lora.target_modules if isinstance(lora.target_modules, str) else ", ".join(sorted(lora.target_modules))
     precision = "full precision" if config.model.quantize == "none" else config.model.quantize
     held_out = f", held-out loss {facts['eval_loss']:.4f}" if facts["eval_loss"] is not None else ""
     return f"""---
@@ -658,10 +662,10 @@ library_name: peft
 ---
 # LoRA adapter for {Path(base).name}
 
-Made by lorakit {__version__}: rank {config.lora.rank}, alpha {config.lora.lora_alpha:g}, targets \
-{", ".join(config.lora.target_modules)}, base in {precision}; \
+Made by lorakit {__version__}: rank {lora.r}, alpha {lora.lora_alpha:g}, targets {targets}, base in {precision}; \
 {facts["steps"]} steps, training loss {facts["first_loss"]:.4f} → {facts["last_loss"]:.4f}{held_out}. \
-Data: blocks {data[:16]}. `lorakit.yaml` holds every setting; `lorakit train --config lorakit.yaml` repeats the run.
+Data: blocks {blocks.fingerprint[:16]}. \
+`lorakit.yaml` holds every setting; `lorakit train --config lorakit.yaml` repeats the run.
 
 ```python
 from peft import AutoPeftModelForCausalLM

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lorakit.core.config import TrainConfig
+from lorakit.core.errors import UsageError, first_line
 from lorakit.core.memory import PAGED_ELEMENTS
 from lorakit.core.parallel import put, whole
 
@@ -101,17 +102,29 @@ class LearningRate:
     reduce_lr_on_plateau remembers something: what it heard of evaluations."""
 
     def __init__(self, config: TrainConfig, steps: int) -> None:
+        """Raises UsageError where the schedule can't take its arguments."""
+        kind, pairs = config.optimizer.lr_scheduler_type, config.optimizer.lr_scheduler_kwargs
+        given = {name.strip(): _value(value.strip()) for name, _, value in (pair.partition("=") for pair in pairs)}
         self._highest = config.optimizer.learning_rate
         self._warmup_steps = math.ceil(config.optimizer.warmup_ratio * steps)
         nothing = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=self._highest)
-        given = dict(pair.split("=", 1) for pair in config.optimizer.lr_scheduler_kwargs)
-        self._scheduler = transformers.get_scheduler(
-            config.optimizer.lr_scheduler_type,
-            nothing,
-            num_warmup_steps=self._warmup_steps,
-            num_training_steps=steps,
-            scheduler_specific_kwargs={name.strip(): _value(value.strip()) for name, value in given.items()},
-        )
+        try:
+            self._scheduler = transformers.get_scheduler(
+                kind,
+                nothing,
+                num_warmup_steps=self._warmup_steps,
+                num_training_steps=None if "num_stable_steps" in given else steps,  # of both it would warn
+                scheduler_specific_kwargs=given,
+            )
+            rates = [self.at(step) for step in (self._warmup_steps, steps - 1)]
+            if not all(0 <= rate < math.inf for rate in rates):
+                raise ValueError(f"a learning rate of {min(rates)}")
+        except (ValueError, TypeError, ArithmeticError) as error:
+            found = ", ".join(pairs) or "none"
+            raise UsageError(
+                f"lr_scheduler_kwargs: found {found}, need what {kind} can take ({first_line(error)})",
+                "correct --lr-scheduler-kwargs",
+            ) from None
 
     @property
     def _plateau(self) -> ReduceLROnPlateau | None:
@@ -135,7 +148,8 @@ class LearningRate:
         """What has to be kept to go on; numbers and words only."""
         if self._plateau is None:
             return {}
-        return {**self._plateau.state_dict(), "lr": self._plateau.optimizer.param_groups[0]["lr"]}
+        kept = {name: value for name, value in self._plateau.state_dict().items() if name != "mode_worse"}  # infinity
+        return {**kept, "lr": self._plateau.optimizer.param_groups[0]["lr"]}
 
     def remember(self, memory: Mapping[str, Any]) -> None:
         """Put back what `memory` gave."""
