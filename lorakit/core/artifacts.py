@@ -195,6 +195,7 @@ def claim(
     overwrite: bool,
     unfinished: Collection[str] = (),
     may_differ: Collection[str] = (),
+    hint: str = "choose another --output, or add --overwrite",
 ) -> Artifact | None:
     """The artifact that this very work has made at `target` already, or None where the target may be written.
 
@@ -218,7 +219,6 @@ def claim(
                 f"{target}: found {manifest['kind']}, need a new or empty folder for {kind}",
                 "choose another --output, or replace it with --overwrite",
             )
-        hint = "choose another --output, or add --overwrite"
         refuse_other_work(Artifact(target, manifest), config, parents, hint, may_differ)
         return open_artifact(target, kind)
     except (ArtifactDamaged, Mismatch):

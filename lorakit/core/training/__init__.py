@@ -33,7 +33,7 @@ from lorakit.core.events import Report
 from lorakit.core.hub import model_folder
 from lorakit.core.model import pick_device
 from lorakit.core.parallel import World, joined
-from lorakit.core.training.checkpoints import CHECKPOINTS, Checkpoints
+from lorakit.core.training.checkpoints import CHECKPOINTS, OTHER_WORK_HINT, Checkpoints
 from lorakit.core.training.loop import UNFINISHED, Run, ShouldStop, schedule_of
 from lorakit.core.weights import open_weights
 
@@ -134,7 +134,14 @@ def _claim(
 
     def found_in(folder: Path, *, replaceable: bool) -> _Place | None:
         done = artifacts.claim(
-            folder, "adapter", config, parents, overwrite=replaceable, unfinished=UNFINISHED, may_differ=may_differ
+            folder,
+            "adapter",
+            config,
+            parents,
+            overwrite=replaceable,
+            unfinished=UNFINISHED,
+            may_differ=may_differ,
+            hint=OTHER_WORK_HINT,
         )
         if done is not None and done.facts["steps"] < schedule_of(config, blocks).steps and may_differ:
             artifacts.reopen(folder, UNFINISHED)

@@ -20,6 +20,8 @@ CHECKPOINTS = "checkpoints"
 OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"
 
+OTHER_WORK_HINT = "choose another --output, add --overwrite, or go on for more steps with --extend"
+
 _FIRST_LOSS_SCALE = 2.0**16
 
 
@@ -61,8 +63,7 @@ class Checkpoints:
                 aside = artifacts.set_aside(folder)
                 self._report(Notice(f"passed over a damaged checkpoint, kept as {aside.name}: {error.message}"))
                 continue
-            hint = "choose another --output, or add --overwrite; --extend alone goes on with more steps"
-            artifacts.refuse_other_work(checkpoint, self._config, self._parents, hint, may_differ)
+            artifacts.refuse_other_work(checkpoint, self._config, self._parents, OTHER_WORK_HINT, may_differ)
             return checkpoint
         if damaged is not None:
             raise ArtifactDamaged(damaged.message, "no checkpoint is whole; the same command again begins anew")
