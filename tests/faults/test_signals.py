@@ -1,4 +1,4 @@
-"""Real runs, alone and on two ranks, that are told to stop or lose a rank at any moment: what is said, and what is left.
+"""Real runs, alone and on two ranks, that are told to stop or lose a rank: what is said, and what is left.
 
 In full, 50 moments each: `pytest -m slow tests/faults/test_signals.py`.
 """
