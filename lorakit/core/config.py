@@ -956,10 +956,12 @@ class TrainConfig(StepConfig):
 
     def settled(self, **devices: object) -> Self:
         """The same settings with the devices that were found and the blocks of a step in words that don't depend on
-        them: what a run keeps, and compares when it goes on elsewhere."""
+        them: what a run keeps, and compares when it goes on elsewhere.
+
+        Raises UsageError where the settings contradict what was found."""
         found = self.model_copy(update={"devices": self.devices.model_copy(update=devices)})
         steps = {"effective_batch_size": found.blocks_per_step, "gradient_accumulation_steps": 1}
-        return type(self).model_validate({**found.model_dump(), "batch": {**found.batch.model_dump(), **steps}})
+        return self.resolve((None, {**found.flat(), **steps}))
 
 
 class PatchAttentionConfig(StepConfig):

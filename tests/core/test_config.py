@@ -426,6 +426,14 @@ def test_settled_settings_are_the_same_however_a_step_is_shared() -> None:
     assert found_four.settled(num_processes=4) == found_four
 
 
+def test_settings_that_contradict_the_processes_that_were_found_are_a_usage_error() -> None:
+    """Started by torchrun, nothing on the command line says how many they are."""
+    with pytest.raises(
+        UsageError, match=r"effective_batch_size: found 6, need a multiple of batch_size \(1\) × 4 proc"
+    ):
+        train(parallel="ddp", effective_batch_size=6).settled(num_processes=4)
+
+
 @pytest.mark.parametrize("effective", [1, 3, 5, 7])
 def test_an_effective_batch_that_micro_steps_cant_reach_is_refused(effective: int) -> None:
     message = refused_train(None, batch_size=4, effective_batch_size=effective).message
