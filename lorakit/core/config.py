@@ -374,7 +374,7 @@ class LoraSection(Section):
     rank: int = setting(
         16, "Rank of the LoRA matrices; 64 to 256 where there are more than about 100,000 rows.", short="-r", ge=1
     )
-    lora_alpha: float = setting(32.0, "LoRA scale: the update is multiplied by lora-alpha / rank.", gt=0)
+    lora_alpha: float = setting(32.0, "LoRA scale: the update is multiplied by lora-alpha / rank.", gt=0, lt=1e6)
     lora_dropout: float = setting(0.0, "Dropout on the input of the LoRA matrices; small and slow to pay.", ge=0, lt=1)
     target_modules: Modules = setting(
         ("all-linear",),
@@ -411,7 +411,7 @@ class OptimizerKindSection(Section):
 
 class OptimizerSection(Section):
     title = "Optimizer"
-    learning_rate: float = setting(2e-4, "Highest learning rate; 1e-4 for models from about 30B.", gt=0)
+    learning_rate: float = setting(2e-4, "Highest learning rate; 1e-4 for models from about 30B.", gt=0, le=1e3)
     lr_scheduler_type: Scheduler = setting(
         "linear", "Course of the learning rate after warm-up: transformers' schedules.", metavar="NAME"
     )
@@ -419,7 +419,7 @@ class OptimizerSection(Section):
         (), "What a schedule takes besides: min_lr_rate=0.1, num_decay_steps=100.", metavar="NAME=VALUE"
     )
     warmup_ratio: float = setting(0.03, "Share of the steps in which the learning rate rises from 0.", ge=0, lt=1)
-    weight_decay: float = setting(0.0, "Decoupled weight decay of the LoRA matrices.", ge=0)
+    weight_decay: float = setting(0.0, "Decoupled weight decay of the LoRA matrices.", ge=0, le=1e3)
     max_grad_norm: float = setting(1.0, "Gradients are scaled down to this norm.", gt=0)
 
 
@@ -959,10 +959,12 @@ class TrainConfig(StepConfig):
 
     def settled(self, **devices: object) -> Self:
         """The same settings with the devices that were found and the blocks of a step in words that don't depend on
-        them: what a run keeps, and compares when it goes on elsewhere."""
+        them: what a run keeps, and compares when it goes on elsewhere.
+
+        Raises UsageError where the settings contradict what was found."""
         found = self.model_copy(update={"devices": self.devices.model_copy(update=devices)})
         steps = {"effective_batch_size": found.blocks_per_step, "gradient_accumulation_steps": 1}
-        return type(self).model_validate({**found.model_dump(), "batch": {**found.batch.model_dump(), **steps}})
+        return self.resolve((None, {**found.flat(), **steps}))
 
 
 class PatchAttentionConfig(StepConfig):

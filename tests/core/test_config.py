@@ -103,7 +103,7 @@ def test_all_problems_are_told_at_once_each_with_its_origin() -> None:
         "run.yaml: found the unknown key 'rnk', need one of this command's settings",
         "--pack: found 'tight', need one of best-fit, concat, none",
         "run.yaml: rank: found 0, need a whole number ≥ 1",
-        "run.yaml: learning_rate: found 'fast', need a number > 0",
+        "run.yaml: learning_rate: found 'fast', need a number > 0 and ≤ 1000",
         "--warmup-ratio: found '1', need a number ≥ 0 and < 1",
     ]
     assert error.hint == "did you mean 'rank'?"
@@ -230,7 +230,7 @@ BOUNDS: list[tuple[type[StepConfig], str, list[object], list[object]]] = [
     (PrepareConfig, "preview", [0, 3], [-1]),
     (PrepareConfig, "seed", [0, 2**63 - 1], [-1, 2**64]),
     (PlanDevicesConfig, "rank", [1], [0, -1]),
-    (PlanDevicesConfig, "lora_alpha", [1e-9], [0, -1]),
+    (PlanDevicesConfig, "lora_alpha", [1e-9, 999999], [0, -1, 1e6]),
     (PlanDevicesConfig, "lora_dropout", [0, 0.99], [-0.01, 1]),
     (PlanDevicesConfig, "block_size", [8, 65536, "auto"], [7, 65537, "most"]),
     (PlanDevicesConfig, "batch_size", [1, "auto"], [0, -1, 1.5]),
@@ -239,11 +239,11 @@ BOUNDS: list[tuple[type[StepConfig], str, list[object], list[object]]] = [
     (TrainConfig, "eval_steps", [1], [0]),
     (TrainConfig, "save_minutes", [0.1], [0]),
     (TrainConfig, "rank", [1], [0, -1]),
-    (TrainConfig, "lora_alpha", [1e-9], [0, -1]),
+    (TrainConfig, "lora_alpha", [1e-9, 999999], [0, -1, 1e6]),
     (TrainConfig, "lora_dropout", [0, 0.99], [-0.01, 1]),
-    (TrainConfig, "learning_rate", [1e-12], [0, -1e-4]),
+    (TrainConfig, "learning_rate", [1e-12, 1000], [0, -1e-4, 1001]),
     (TrainConfig, "warmup_ratio", [0, 0.99], [-0.01, 1]),
-    (TrainConfig, "weight_decay", [0], [-0.01]),
+    (TrainConfig, "weight_decay", [0, 1000], [-0.01, 1001]),
     (TrainConfig, "max_grad_norm", [1e-9], [0]),
     (TrainConfig, "batch_size", [1], [0]),
     (TrainConfig, "gradient_accumulation_steps", [1], [0]),
@@ -427,6 +427,14 @@ def test_settled_settings_are_the_same_however_a_step_is_shared() -> None:
     assert found_four.settled(num_processes=4) == found_four
 
 
+def test_settings_that_contradict_the_processes_that_were_found_are_a_usage_error() -> None:
+    """Started by torchrun, nothing on the command line says how many they are."""
+    with pytest.raises(
+        UsageError, match=r"effective_batch_size: found 6, need a multiple of batch_size \(1\) × 4 proc"
+    ):
+        train(parallel="ddp", effective_batch_size=6).settled(num_processes=4)
+
+
 @pytest.mark.parametrize("effective", [1, 3, 5, 7])
 def test_an_effective_batch_that_micro_steps_cant_reach_is_refused(effective: int) -> None:
     message = refused_train(None, batch_size=4, effective_batch_size=effective).message
@@ -602,7 +610,7 @@ values_of_train = st.fixed_dictionaries(
     optional={
         "dtype": st.sampled_from(["auto", "bf16", "fp16", "fp32"]),
         "rank": st.integers(1, 10**9),
-        "lora_alpha": positive,
+        "lora_alpha": st.floats(min_value=0, max_value=1e6, exclude_min=True, exclude_max=True),
         "lora_dropout": share,
         "target_modules": st.lists(words.filter(is_name), min_size=1, max_size=4).map(tuple)
         | st.sampled_from([(r".*\.q_proj",), (r"(a|b),{2,3}",)]),
@@ -620,10 +628,10 @@ values_of_train = st.fixed_dictionaries(
         "deterministic": st.booleans(),
         "torch_compile": st.booleans(),
         "extend": st.booleans(),
-        "learning_rate": positive,
+        "learning_rate": st.floats(min_value=0, max_value=1e3, exclude_min=True),
         "lr_scheduler_type": st.sampled_from(["linear", "cosine", "constant"]),
         "warmup_ratio": share,
-        "weight_decay": st.floats(min_value=0, allow_infinity=False),
+        "weight_decay": st.floats(min_value=0, max_value=1e3),
         "epochs": positive,
         "max_steps": st.none() | st.integers(1, 10**12),
         "gradient_checkpointing": st.booleans(),

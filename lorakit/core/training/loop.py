@@ -327,13 +327,8 @@ class Run:
             if math.isfinite(total) and math.isfinite(norm):
                 break
             if not (self.scaled and math.isfinite(total) and scale > _SMALLEST_LOSS_SCALE):
-                error = NonFinite(
-                    f"step {state.step + 1}: found loss {total} and gradient norm {norm}, need numbers "
-                    f"(blocks {', '.join(map(str, indices[:8]))}{' …' if len(indices) > 8 else ''})",
-                    "lower --learning-rate, or try --dtype fp32; "
-                    f"nothing after step {self.checkpoints.last_saved()} was kept",
-                )
-                raise _shared(error)
+                place = f"blocks {', '.join(map(str, indices[:8]))}{' …' if len(indices) > 8 else ''}"
+                raise self._not_finite(f"loss {total} and gradient norm {norm} ({place})", state.step + 1)
             state.loss_scale, state.loss_scale_age = scale / 2, 0  # fp16 overflowed: the same step with a smaller scale
         rate = self.learning_rate.at(state.step)
         for group in self.optimizer.param_groups:
@@ -378,6 +373,13 @@ class Run:
             (loss * (share * world.mean_over)).backward()
         return total
 
+    def _not_finite(self, found: str, step: int | None = None) -> LorakitError:
+        error = NonFinite(
+            f"step {self.state.step if step is None else step}: found {found}, need numbers",
+            f"lower --learning-rate, or try --dtype fp32; nothing after step {self.checkpoints.last_saved()} was kept",
+        )
+        return _shared(error)
+
     def _understood(self, error: Exception) -> Exception:
         """What a failure in the loop means."""
         if is_out_of_memory(error):
@@ -408,12 +410,7 @@ class Run:
         finally:
             self.model.train()
         if not math.isfinite(loss):
-            error = NonFinite(
-                f"step {state.step}: found a held-out loss of {loss}, need a number",
-                "lower --learning-rate, or try --dtype fp32; "
-                f"nothing after step {self.checkpoints.last_saved()} was kept",
-            )
-            raise _shared(error)
+            raise self._not_finite(f"a held-out loss of {loss}")
         perplexity = math.exp(min(loss, 700.0))  # e^700 is the largest power that a float holds
         line = {"step": state.step, "eval_loss": loss, "eval_perplexity": perplexity, "eval_tokens": tokens}
         self._append(METRICS, line)
@@ -522,8 +519,12 @@ class Run:
         )
 
     def _tensors(self) -> dict[str, Tensor]:
-        """What is trained, whole and on the CPU."""
-        return {name: whole(parameter) for name, parameter in self.parameters.items()}
+        """What is trained, whole and on the CPU. Raises NonFinite where an update left what is no number."""
+        tensors = {name: whole(parameter) for name, parameter in self.parameters.items()}
+        for name, tensor in tensors.items():
+            if not bool(torch.isfinite(tensor).all()):
+                raise self._not_finite(f"{name} with NaN or infinity")
+        return tensors
 
     def _adapter_files(self, tensors: Mapping[str, Tensor]) -> dict[str, bytes]:
         """The adapter as PEFT writes it: what is tied twice."""

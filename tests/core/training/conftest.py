@@ -39,6 +39,17 @@ def held_out(cli: Cli, tiny_llama: Path, rows_file: Path, tmp_path: Path) -> Pat
 
 
 @pytest.fixture
+def uneven(cli: Cli, tiny_llama: Path, tmp_path: Path) -> Path:
+    """Blocks whose documents are of very different lengths."""
+    rows = [{"prompt": "Say x." * (1 + n % 4), "completion": f"{n} is x." * (1 + n * n % 13)} for n in range(40)]
+    (tmp_path / "uneven.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = tmp_path / "uneven"
+    given = ("--tokenizer", tiny_llama, "--block-size", 192, "--output", folder)
+    assert cli("prepare", tmp_path / "uneven.jsonl", *given).code == 0
+    return folder
+
+
+@pytest.fixture
 def train(cli: Cli, tiny_llama: Path, blocks: Path, tmp_path: Path) -> Train:
     """Train on the tiny blocks: train("name", options…) writes tmp_path/name."""
 
