@@ -17,8 +17,10 @@ import torch
 
 from lorakit.core.environment import Worker
 from lorakit.core.errors import EnvironmentUnusable, UsageError
-from lorakit.core.parallel import World, alone, clip_gradients, joined, put, whole
+from lorakit.core.model import load_base
+from lorakit.core.parallel import World, alone, clip_gradients, joined, put, scales_to, whole
 from lorakit.core.training import loop
+from lorakit.core.weights import open_weights
 from tests.conftest import ROWS, make_llama
 from tests.core.training.conftest import adapter_bytes, lines_of, losses, optimizer_bytes
 
@@ -406,3 +408,14 @@ def test_torchrun_starts_lorakit_itself(place: Place, ran: list[dict[str, Any]])
     assert done.returncode == 0, done.stderr
     assert adapter_bytes(place / "torchrun") == adapter_bytes(place / "ddp-fp32")
     assert losses(place / "torchrun") == losses(place / "ddp-fp32")
+
+
+def test_scales_of_4_bit_weights_go_where_their_shards_are(tiny_llama: Path) -> None:
+    """They are no parameters: FSDP leaves them behind. The meta device stands for a GPU."""
+    base = load_base(open_weights(tiny_llama), torch.float32, torch.device("cpu"), "nf4")
+    scales_to(torch.device("meta"), base.model.layers)
+    scales = [module.quant_state for module in base.modules() if getattr(module, "quant_state", None) is not None]
+    assert len(scales) == 14
+    for one in scales:
+        there = (one.absmax, one.code, one.offset, one.state2.absmax, one.state2.code)
+        assert {tensor.device.type for tensor in there} == {"meta"}
