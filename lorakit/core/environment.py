@@ -22,6 +22,11 @@ def one_thread_for_tokenizers() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
+def one_thread_for_products() -> None:
+    """Keep each of numpy's matrix products to one thread, for who computes several at once; before numpy's import."""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+
 def quiet_profiler() -> None:
     """Keep torch's profiler from printing a line of its own at every start and stop."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")

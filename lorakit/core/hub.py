@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from lorakit.core.errors import HubFailed, InputRefused, disk_failed, first_line
+from lorakit.core.events import Report
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _MAX_HUB_ID = 96  # the Hub's own limit
@@ -114,3 +115,7 @@ def _snapshot(name: str, what: str, revision: str, patterns: Iterable[str], time
             f"{name}: found no such folder and no answer of the Hub ({first_line(error)}), need one of them",
             f"check the spelling or the network, or give a folder that holds the {what}",
         ) from None
+
+
+def push_folder(folder: Path, name: str, *, private: bool, report: Report) -> str:
+    raise NotImplementedError
