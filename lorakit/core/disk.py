@@ -56,7 +56,7 @@ def described(path: Path) -> dict[str, Any]:
 
 def write_new(path: Path, content: Content) -> dict[str, Any]:
     """Write a new file and fsync it; returns size and sha256 of the bytes that were handed over. Raises OSError."""
-    digest, size_bytes = hashlib.sha256(), 0
+    digest, size_bytes, begun = hashlib.sha256(), 0, 0
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
         for piece in (content,) if isinstance(content, bytes) else content:
@@ -67,10 +67,21 @@ def write_new(path: Path, content: Content) -> dict[str, Any]:
                 write_all(descriptor, piece)
                 digest.update(piece)
                 size_bytes += len(piece)
+            if size_bytes - begun >= _COPIED_BYTES:
+                _begin_writing(descriptor, begun, size_bytes)
+                begun = size_bytes
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
     return {"bytes": size_bytes, "sha256": digest.hexdigest()}
+
+
+def _begin_writing(descriptor: int, start: int, end: int) -> None:
+    """Have the kernel begin to write a part of a file to the disk, so that less is left for fsync: that is what Linux
+    does where it is told that these pages aren't needed any more."""
+    if hasattr(os, "posix_fadvise"):
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(descriptor, start, end - start, os.POSIX_FADV_DONTNEED)
 
 
 def _copy(source: FileRange, descriptor: int, digest: "hashlib._Hash") -> None:

@@ -4,6 +4,7 @@ A bfloat16 is the upper half of a float32 (sign, 8 bits of exponent, 7 of fracti
 """
 
 import sys
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,27 +31,55 @@ _LARGEST: Mapping[str, float] = {
 """The last float32 (float64) before those that are rounded to infinity."""
 
 
-def widened(raw: bytes | memoryview, dtype: str) -> NDArray[Any]:
-    """Stored numbers as a new flat array of float32; of float64 where they are F64."""
+class Scratch(threading.local):
+    """Arrays that a thread uses again and again: the kernel would have to clear every new one."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, NDArray[np.uint8]] = {}
+
+    def array(self, name: str, size: int, dtype: Any) -> NDArray[Any]:
+        """The thread's array of this name, with whatever it holds."""
+        size_bytes = size * np.dtype(dtype).itemsize
+        if name not in self._kept or len(self._kept[name]) < size_bytes:
+            self._kept[name] = np.empty(size_bytes, np.uint8)
+        return self._kept[name][:size_bytes].view(dtype)
+
+
+def item_bytes(dtype: str) -> int:
+    return 2 if dtype == "BF16" else int(np.dtype(_NUMPY[dtype]).itemsize)
+
+
+def computed_in(dtype: str) -> Any:
+    """numpy's type that numbers of this one are computed in: float32, of F64 float64."""
+    return np.float64 if dtype == "F64" else np.float32
+
+
+def widened(raw: NDArray[np.uint8], dtype: str, scratch: Scratch) -> NDArray[Any]:
+    """Stored numbers as a flat array of float32 (float64 of F64), which is the scratch's."""
+    found = scratch.array("widened", len(raw) // item_bytes(dtype), computed_in(dtype))
     if dtype == "BF16":
-        halves = np.frombuffer(raw, np.uint16)
-        return np.left_shift(halves, 16, dtype=np.uint32).view(np.float32)
-    return np.frombuffer(raw, _NUMPY[dtype]).astype(np.float64 if dtype == "F64" else np.float32)
+        np.left_shift(raw.view(np.uint16), 16, out=found.view(np.uint32), dtype=np.uint32)
+    else:
+        found[:] = raw.view(_NUMPY[dtype])
+    return found
 
 
-def narrowed(values: NDArray[Any], dtype: str) -> NDArray[Any] | None:
-    """The numbers as they are stored, each rounded once, to the nearest and a tie to even; `values` are used up.
+def narrowed(values: NDArray[Any], dtype: str, out: NDArray[np.uint8], scratch: Scratch) -> bool:
+    """The numbers as they are stored, in `out`, each rounded once, to the nearest and a tie to even; `values` are used
+    up.
 
-    None where one is NaN or infinite, or is rounded to infinity.
+    Whether all of them are finite: False where one is NaN or infinite, or is rounded to infinity.
     """
     if values.size and not (values.max() <= _LARGEST[dtype] and values.min() >= -_LARGEST[dtype]):
-        return None
+        return False
     if dtype != "BF16":
-        return values.astype(_NUMPY[dtype], copy=False)
-    bits = values.astype(np.float32, copy=False).view(np.uint32)
-    odd = np.right_shift(bits, 16)
+        out.view(_NUMPY[dtype])[:] = values.reshape(-1)
+        return True
+    bits = values.astype(np.float32, copy=False).reshape(-1).view(np.uint32)
+    odd = scratch.array("odd", bits.size, np.uint32)
+    np.right_shift(bits, 16, out=odd)
     odd &= 1
     odd += 0x7FFF  # half of the last place less one, so that a tie goes up only from an odd number
     bits += odd
-    bits >>= 16
-    return bits.astype(np.uint16)
+    np.right_shift(bits, 16, out=out.view(np.uint16), dtype=np.uint32, casting="unsafe")
+    return True

@@ -4,6 +4,7 @@ W' = W + scale · B·A in fp32 (fp64 over an fp64 base), rounded once to the typ
 weights are then scaled to their magnitude (Liu et al. 2024, equation 5).
 """
 
+import math
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,7 +17,7 @@ from lorakit.core import disk
 from lorakit.core.environment import usable_cores
 from lorakit.core.errors import NonFinite
 from lorakit.core.events import Progress, Report
-from lorakit.core.floats import narrowed
+from lorakit.core.floats import Scratch, item_bytes, narrowed
 from lorakit.core.merging.plan import Plan, Target
 from lorakit.core.merging.quantizing import there_and_back
 
@@ -33,13 +34,18 @@ def shards(plan: Plan, report: Report) -> Iterator[tuple[str, Iterator[disk.Piec
 def _shard(plan: Plan, shard: str, threads: ThreadPoolExecutor, report: Report) -> Iterator[disk.Piece]:
     targets = plan.shard(shard)
     yield plan.header(shard)
-    waiting: deque[Future[NDArray[Any]] | disk.FileRange] = deque()
-    done = 0
+    waiting: deque[Future[NDArray[np.uint8]] | disk.FileRange] = deque()
+    free: list[NDArray[np.uint8]] = []
+    scratch = Scratch()
 
     def ready(limit: int) -> Iterator[disk.Piece]:
         while len(waiting) > limit:
             piece = waiting.popleft()
-            yield piece if isinstance(piece, disk.FileRange) else memoryview(piece.result()).cast("B")  # type: ignore[arg-type]
+            if isinstance(piece, disk.FileRange):
+                yield piece
+            else:
+                yield memoryview(piece.result())  # type: ignore[arg-type]
+                free.append(piece.result())  # it is written: the next chunk may have its place
 
     for done, target in enumerate(targets, 1):
         source = target.source
@@ -47,12 +53,15 @@ def _shard(plan: Plan, shard: str, threads: ThreadPoolExecutor, report: Report) 
             piece = disk.FileRange(source.path, source.place.start, source.place.end)
             before = waiting[-1] if waiting else None
             if isinstance(before, disk.FileRange) and (before.path, before.end) == (piece.path, piece.start):
-                piece = disk.FileRange(piece.path, waiting.pop().start, piece.end)  # type: ignore[union-attr]
-            waiting.append(piece)
+                waiting[-1] = disk.FileRange(piece.path, before.start, piece.end)
+            else:
+                waiting.append(piece)
         else:
             computed = Computed(target)
             for start, stop in source.chunks():
-                waiting.append(threads.submit(computed.stored_rows, start, stop))
+                size = (stop - start) * math.prod(target.shape[1:]) * item_bytes(target.dtype)
+                buffer = free.pop() if free and len(free[-1]) == size else np.empty(size, np.uint8)
+                waiting.append(threads.submit(computed.write, start, stop, buffer, scratch))
                 yield from ready(_AHEAD * usable_cores())
         report(Progress(f"merging {shard}", done, len(targets), "tensors"))
     yield from ready(0)
@@ -66,22 +75,21 @@ class Computed:
         self._terms = [(*term.factors(), term) for term in target.terms]
         self._rows = [(dict(zip(rows, new.all(), strict=True))) for rows, new in target.rows]
         self._shifts = [(shift.all(), scale) for shift, scale in target.shifts]
-        self._round = there_and_back(target.source, target.quantize)
+        self._base = there_and_back(target.source, target.quantize)
         self._lengths = self._lengths_of_columns()
 
-    def stored_rows(self, start: int, stop: int) -> NDArray[Any]:
-        """Some rows as they are stored. Raises NonFinite."""
-        stored = narrowed(self.rows(start, stop), self.target.dtype)
-        if stored is None:
+    def write(self, start: int, stop: int, out: NDArray[np.uint8], scratch: Scratch) -> NDArray[np.uint8]:
+        """Some rows as they are stored, in `out`. Raises NonFinite."""
+        if not narrowed(self.rows(start, stop, scratch), self.target.dtype, out, scratch):
             raise NonFinite(
                 f"{self.target.name}: found NaN, or more than {self.target.dtype} holds, after merging; need numbers",
                 "train the adapter again, or merge with --dtype fp32",
             )
-        return stored
+        return out
 
-    def rows(self, start: int, stop: int) -> NDArray[Any]:
-        """Some rows in fp32."""
-        values = self._added(start, stop)
+    def rows(self, start: int, stop: int, scratch: Scratch) -> NDArray[Any]:
+        """Some rows in fp32, in the scratch."""
+        values = self._added(start, stop, scratch)
         for _, _, term in self._terms:
             if term.magnitude is not None:
                 magnitude = term.magnitude.all()[:, 0]
@@ -91,16 +99,17 @@ class Computed:
                     lengths = np.sqrt(np.einsum("ij,ij->i", values, values))
                     values *= (magnitude / lengths)[:, None]
         for rows in self._rows:
-            for row in range(start, stop):
-                if row in rows:
-                    values[row - start] = rows[row]
+            for row, new in rows.items():
+                if start <= row < stop:
+                    values[row - start] = new
         return values
 
-    def _added(self, start: int, stop: int) -> NDArray[Any]:
+    def _added(self, start: int, stop: int, scratch: Scratch) -> NDArray[Any]:
         """W + scale · B·A."""
-        values = self._round(start, stop)
+        values = self._base(start, stop, scratch)
         for left, right, term in self._terms:
-            change = np.matmul(left[start:stop], right, dtype=values.dtype)
+            change = scratch.array("change", values.size, values.dtype).reshape(values.shape)
+            np.matmul(left[start:stop], right, out=change, dtype=values.dtype)
             change *= values.dtype.type(term.scale)
             values += change
         for shift, scale in self._shifts:
@@ -109,11 +118,8 @@ class Computed:
 
     def _lengths_of_columns(self) -> NDArray[Any]:
         """The lengths of the merged tensor's columns, for DoRA on a tensor that is the other way round."""
-        if not any(term.magnitude is not None and term.transposed for term in self.target.terms):
-            return np.ones(1)
-        return np.sqrt(
-            sum(
-                np.square(self._added(start, stop), dtype=np.float64).sum(axis=0)
-                for start, stop in self.target.source.chunks()
-            )
-        )
+        squares, scratch = np.zeros(math.prod(self.target.shape[1:])), Scratch()
+        if any(term.magnitude is not None and term.transposed for term in self.target.terms):
+            for start, stop in self.target.source.chunks():
+                squares += np.square(self._added(start, stop, scratch), dtype=np.float64).sum(axis=0)
+        return np.sqrt(squares)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from lorakit.core import adapters
 from lorakit.core.adapters import Adapter, BiasShift, Change, LoraPair, Replacement, TokenRows
 from lorakit.core.errors import ArtifactDamaged, InputRefused, Mismatch, NonFinite
-from lorakit.core.floats import CONFIG_NAMES, FRACTION_BITS, widened
+from lorakit.core.floats import CONFIG_NAMES, FRACTION_BITS, Scratch, item_bytes, widened
 from lorakit.core.weights import HEAD, INDEX, SINGLE, TensorPlace, Weights, header_bytes, read_json_object
 
 CHUNK_ELEMENTS = 2**19
@@ -32,14 +32,16 @@ class Stored:
     path: Path
     place: TensorPlace
 
-    def rows(self, start: int, stop: int) -> NDArray[Any]:
-        """The numbers of some rows, as fp32 (fp64 of F64); a vector's as a column. Raises ArtifactDamaged, OSError."""
+    def rows(self, start: int, stop: int, scratch: Scratch | None = None) -> NDArray[Any]:
+        """The numbers of some rows, as fp32 (fp64 of F64); a vector's as a column. In a scratch they stay until its
+        thread reads others. Raises ArtifactDamaged, OSError."""
+        scratch = scratch or Scratch()
+        raw = scratch.array("raw", (stop - start) * self.place.row_bytes, np.uint8)
         with self.path.open("rb", buffering=0) as file:
             file.seek(self.place.start + start * self.place.row_bytes)
-            raw = file.read((stop - start) * self.place.row_bytes)
-        if len(raw) != (stop - start) * self.place.row_bytes:
-            raise ArtifactDamaged(f"{self.path}: found it cut off, need all of it", "copy it again")
-        return widened(raw, self.place.dtype).reshape(stop - start, -1)
+            if file.readinto(raw) != len(raw):  # type: ignore[arg-type]
+                raise ArtifactDamaged(f"{self.path}: found it cut off, need all of it", "copy it again")
+        return widened(raw, self.place.dtype, scratch).reshape(stop - start, -1)
 
     def all(self) -> NDArray[Any]:
         """All of its numbers: only of an adapter's own, which are small."""
@@ -91,11 +93,9 @@ class Target:
 
     @property
     def size_bytes(self) -> int:
-        return (
-            math.prod(self.shape) * (1 + FRACTION_BITS[self.dtype] // 8)
-            if self.dtype != self.source.place.dtype
-            else self.source.place.end - self.source.place.start
-        )
+        if self.dtype == self.source.place.dtype:
+            return self.source.place.end - self.source.place.start
+        return math.prod(self.shape) * item_bytes(self.dtype)
 
     @property
     def changed(self) -> bool:

@@ -5,9 +5,10 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from lorakit.core.floats import Scratch
 from lorakit.core.merging.plan import Stored
 
 
-def there_and_back(stored: Stored, quantize: str) -> Callable[[int, int], NDArray[Any]]:
-    """A function (start, stop) → those rows of a tensor as fp32, after quantization and back."""
+def there_and_back(stored: Stored, quantize: str) -> Callable[[int, int, Scratch], NDArray[Any]]:
+    """A function (start, stop, scratch) → those rows of a tensor as fp32, after quantization and back."""
     return stored.rows

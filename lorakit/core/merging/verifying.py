@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from lorakit.core import adapters
 from lorakit.core.adapters import Adapter, BiasShift, Change, LoraPair, Replacement, TokenRows
 from lorakit.core.errors import ArtifactDamaged
-from lorakit.core.floats import FRACTION_BITS, SMALLEST
+from lorakit.core.floats import FRACTION_BITS, SMALLEST, Scratch
 from lorakit.core.merging.plan import Plan, Stored, Target
 from lorakit.core.merging.quantizing import there_and_back
 from lorakit.core.weights import HEAD, read_header
@@ -104,7 +104,7 @@ class _Inputs:
         if by_column:
             columns = columns[:: max(1, len(columns) // _COLUMNS)]
         base = there_and_back(source, target.quantize)
-        values = np.concatenate([base(row, row + 1)[:, columns].astype(np.float64) for row in rows])
+        values = np.concatenate([base(row, row + 1, Scratch())[:, columns].astype(np.float64) for row in rows])
         size, steps = np.abs(values), 4
         for adapter, weight, change in done:
             if isinstance(change, LoraPair):
@@ -116,7 +116,7 @@ class _Inputs:
                 if change.magnitude is not None:
                     lengths = self._of(adapter, change.magnitude).all()[:, 0].astype(np.float64)
                     if by_column:
-                        chunks = [base(*chunk)[:, columns] for chunk in source.chunks()]
+                        chunks = [base(*chunk, Scratch())[:, columns] for chunk in source.chunks()]
                         whole = np.concatenate(chunks) + scale * (a.all().T.astype(np.float64) @ right)
                         factor = lengths[columns] / np.sqrt(np.square(whole).sum(axis=0))
                     else:

@@ -1,6 +1,5 @@
 """The numbers of a merged model: peft's own for every kind of adapter, and bit by bit those of a plain reference."""
 
-import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
