@@ -216,7 +216,8 @@ def require_free_bytes(target: Path, needed_bytes: int) -> None:
     free_bytes = shutil.disk_usage(folder).free
     if free_bytes < needed_bytes:
         raise DiskFailed(
-            f"{target}: found {free_bytes / 2**30:.2f} GiB free, need {needed_bytes / 2**30:.2f} GiB",
+            f"{target}: found {free_bytes / 2**30:.2f} GiB free, need {needed_bytes / 2**30:.2f} GiB "
+            f"({needed_bytes:,} bytes)",
             "free some space, or choose another folder with --output",
         )
 

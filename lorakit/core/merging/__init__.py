@@ -6,8 +6,9 @@ plan.py says what each tensor of the merged model will be, apply.py makes the by
 the disk; none of them needs torch, and none holds more than a few chunks of a tensor, however large the model is.
 """
 
+import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from lorakit.core.merging.plan import Plan, Weighted, make_plan
 from lorakit.core.merging.verifying import verify_rows
 from lorakit.core.weights import INDEX, Weights, open_weights
 
-_SMALL_FILES_BYTES = 64 * 2**20  # tokenizer, configs, manifest
+_MANIFEST_BYTES = 2**18
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,8 @@ def merge(config: MergeConfig, target: Path, report: Report) -> Merged:
         facts: dict[str, Any] = dict(done.facts) if done else {}
         full = config.merging.verify == "full"
         if done is None:
-            disk.require_free_bytes(target, plan.size_bytes + _SMALL_FILES_BYTES)
+            files = _small_files(plan, report)
+            disk.require_free_bytes(target, plan.size_bytes + sum(map(len, files.values())) + _MANIFEST_BYTES)
             facts |= {"tensors": len(plan.targets), "merged_tensors": len(plan.changed)}
 
             def check(stage: Path) -> None:
@@ -75,8 +77,8 @@ def merge(config: MergeConfig, target: Path, report: Report) -> Merged:
                 if full:
                     facts.update(_compared(plan, stage, config, report))
 
-            files = _files(plan, report)
-            artifacts.commit(target, "merged model", files, config=config, parents=parents, facts=facts, check=check)
+            content = itertools.chain(apply.shards(plan, report), files.items())
+            artifacts.commit(target, "merged model", content, config=config, parents=parents, facts=facts, check=check)
         elif full:
             facts |= _compared(plan, target, config, report)
         if config.hub.push_to_hub is not None:
@@ -119,21 +121,19 @@ def _quantization(config: MergeConfig, weighted: Sequence[Weighted], report: Rep
     return known.pop()
 
 
-def _files(plan: Plan, report: Report) -> Iterator[tuple[str, disk.Content]]:
-    """The merged model's files, as transformers writes them."""
-    yield from apply.shards(plan, report)
+def _small_files(plan: Plan, report: Report) -> dict[str, bytes]:
+    """The merged model's files beside its weights, as transformers writes them."""
+    files = {"config.json": (json.dumps(dict(plan.config), indent=2) + "\n").encode()}
     index = plan.index()
     if index is not None:
-        yield INDEX, index
-    yield "config.json", (json.dumps(dict(plan.config), indent=2) + "\n").encode()
+        files[INDEX] = index
     generation = plan.base.folder / "generation_config.json"
     if generation.is_file():
-        yield generation.name, generation.read_bytes()
+        files[generation.name] = generation.read_bytes()
     tokenizer = tokenizer_files([*(each.adapter.folder for each in plan.adapters), plan.base.folder])
     if not tokenizer:
         report(Notice("no tokenizer beside the base or the adapter: the merged model has none"))
-    yield from tokenizer.items()
-    yield "README.md", model_card(plan).encode()
+    return {**files, **tokenizer, "README.md": model_card(plan).encode()}
 
 
 def _compared(plan: Plan, folder: Path, config: MergeConfig, report: Report) -> dict[str, Any]:

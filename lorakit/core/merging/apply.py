@@ -24,7 +24,7 @@ from lorakit.core.merging.quantizing import there_and_back
 _AHEAD = 2  # chunks that wait for the disk, a core
 
 
-def shards(plan: Plan, report: Report) -> Iterator[tuple[str, Iterator[disk.Piece]]]:
+def shards(plan: Plan, report: Report) -> Iterator[tuple[str, disk.Content]]:
     """Every shard of the merged model, its bytes in pieces: computed by every core, handed over in their order."""
     with ThreadPoolExecutor(usable_cores()) as threads:
         for shard in plan.base.shards:
