@@ -18,16 +18,17 @@ PACKAGE = ROOT / "lorakit"
 
 FLOORS = (
     ("errors", "events"),
-    ("config", "disk"),
+    ("config", "disk", "floats"),
     ("artifacts",),
     ("templates", "weights", "hub", "environment"),
     ("records", "profiling", "shapes"),
     ("readers", "tokenization", "attention.implementations", "memory"),
     ("sources", "packing", "blocks", "adapters", "attention.cases", "attention.miniature", "placement"),
-    ("preparing", "model", "attention.trials"),
-    ("attention.proving",),
-    ("attention",),
+    ("preparing", "model", "attention.trials", "merging.plan"),
+    ("attention.proving", "merging.quantizing", "merging.card"),
+    ("attention", "merging.apply", "merging.verifying"),
     ("evaluation", "generation"),
+    ("merging.comparing",),
     ("training", "merging", "starter", "probing"),
     ("planning",),
 )
@@ -47,7 +48,9 @@ WITHOUT_TORCH = (
         "placement",
         "preparing",
         "planning",
+        "floats",
     ),
+    *("merging", "merging.plan", "merging.quantizing", "merging.card", "merging.apply", "merging.verifying"),
 )
 
 
@@ -206,7 +209,7 @@ def test_every_option_reaches_the_code(step: type[StepConfig]) -> None:
         if path.name not in ("config.py", "options.py") and "__pycache__" not in path.parts
     ]
     properties = {"gradient_accumulation_steps": "accumulation_steps", "effective_batch_size": "accumulation_steps"}
-    properties |= {"columns": "renamed"}
+    properties |= {"columns": "renamed", "adapter": "weighted"}
     for name, setting in step.settings().items():
         attribute = properties.get(name, name)
         read = re.compile(rf"\b(?:{setting.section}|lora|packing|sampling|batch)\.{attribute}\b")

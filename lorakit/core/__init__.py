@@ -18,15 +18,16 @@ Imports go down only:
 
     planning
         training, merging, starter, probing
-            evaluation, generation
-                attention
-                    attention.proving
-                        preparing, model, attention.trials
-                            sources, packing, blocks, adapters, attention.cases, attention.miniature, placement
-                                readers, tokenization, attention.implementations, memory
-                                    records, profiling, shapes
-                                        templates, weights, hub, environment
-                                            artifacts
-                                                config, disk
-                                                    errors, events
+            merging.comparing
+                evaluation, generation
+                    attention, merging.apply, merging.verifying
+                        attention.proving, merging.quantizing, merging.card
+                            preparing, model, attention.trials, merging.plan
+                                sources, packing, blocks, adapters, attention.cases, attention.miniature, placement
+                                    readers, tokenization, attention.implementations, memory
+                                        records, profiling, shapes
+                                            templates, weights, hub, environment
+                                                artifacts
+                                                    config, disk, floats
+                                                        errors, events
 """

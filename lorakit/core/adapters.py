@@ -216,11 +216,6 @@ def base_folder(adapter: Adapter, base_name: str | None) -> Path:
         raise InputRefused(error.message, "give the base with --base") from None
 
 
-def quantized_in_training(adapter: Adapter) -> str | None:
-    """How the base was quantized while the adapter was trained (`none`: not at all); None where nobody knows."""
-    return None if adapter.artifact is None else str(adapter.artifact.config.get("quantize", "none"))
-
-
 def match(adapter: Adapter, base: Weights) -> list[Change]:
     """What an adapter does to its base, every tensor of it used exactly once.
 

@@ -483,7 +483,7 @@ class AdapterSection(Section):
         help="Adapter or run folder; several are added up, each with a weight: A:0.7 B:0.3.",
         positional=True,
         repeated=True,
-        metavar="ADAPTER[:WEIGHT]",
+        metavar="ADAPTER",
         need="folders or hub ids, each once, a weight behind the last colon",
         decides_result=False,
         min_length=1,

@@ -75,6 +75,19 @@ def _chunk_loss(head: Any, hidden_CH: Tensor, targets_C: Tensor) -> Tensor:
     return cross_entropy(logits_CV.float(), targets_C.to(logits_CV.device), reduction="sum")
 
 
+def mean_loss(model: Any, blocks: Blocks, batch_size: int, task: str, report: Report) -> tuple[float, int]:
+    """Mean loss in nats per trained token over all blocks, `batch_size` of them at a time, and the trained tokens."""
+    total, tokens = 0.0, 0
+    batches = range(0, len(blocks), batch_size)
+    with torch.inference_mode():
+        for done, first in enumerate(batches, 1):
+            batch = blocks.batch(range(first, min(first + batch_size, len(blocks))))
+            total += loss_sum(model, batch).item()
+            tokens += batch.trained_tokens
+            report(Progress(task, done, len(batches), "batches", f"loss {total / tokens:.4f}"))
+    return total / tokens, tokens
+
+
 def evaluate(config: EvaluateConfig, report: Report) -> Evaluation:
     """Loss and perplexity of a model over blocks, its base beside it where it is an adapter.
 
@@ -88,22 +101,16 @@ def evaluate(config: EvaluateConfig, report: Report) -> Evaluation:
     opened = open_model(config.model.model, config.model.base, config.model.dtype, report)
     require_vocabulary(opened.model, blocks.largest_id(), blocks.path)
     apply(opened.model, "auto")
-    batches = range(0, len(blocks), config.data.batch_size)
     passes: list[tuple[str, Callable[[], Any]]] = [("evaluating", nullcontext)]
     if opened.adapter is not None:
         passes.append(("evaluating the base", opened.model.disable_adapter))
     losses, tokens = [], 0
     for task, context in passes:
-        total, tokens = 0.0, 0
-        with context(), torch.inference_mode():
-            for done, first in enumerate(batches, 1):
-                batch = blocks.batch(range(first, min(first + config.data.batch_size, len(blocks))))
-                total += loss_sum(opened.model, batch).item()
-                tokens += batch.trained_tokens
-                report(Progress(task, done, len(batches), "batches", f"loss {total / tokens:.4f}"))
-        if not math.isfinite(total):
-            raise NonFinite(f"{config.model.model}: found a loss of {total}, need a number", "try --dtype fp32")
-        losses.append(total / tokens)
+        with context():
+            loss, tokens = mean_loss(opened.model, blocks, config.data.batch_size, task, report)
+        if not math.isfinite(loss):
+            raise NonFinite(f"{config.model.model}: found a loss of {loss}, need a number", "try --dtype fp32")
+        losses.append(loss)
     perplexities = [math.exp(min(loss, 700.0)) for loss in losses]  # e^700 is the largest power that a float holds
     base_loss, base_perplexity = (losses[1], perplexities[1]) if len(losses) > 1 else (None, None)
     return Evaluation(losses[0], perplexities[0], tokens, base_loss, base_perplexity)

@@ -46,6 +46,7 @@ class Scratch(threading.local):
 
 
 def item_bytes(dtype: str) -> int:
+    """Bytes of one number, by safetensors' name of its type."""
     return 2 if dtype == "BF16" else int(np.dtype(_NUMPY[dtype]).itemsize)
 
 

@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.core import adapters, artifacts, disk
-from lorakit.core.adapters import base_folder, match, open_adapter, quantized_in_training
+from lorakit.core.adapters import Adapter, base_folder, match, open_adapter
 from lorakit.core.config import MergeConfig
 from lorakit.core.errors import InputRefused, UsageError
 from lorakit.core.events import Notice, Report
 from lorakit.core.floats import NAMES
 from lorakit.core.hub import model_folder, push_folder
-from lorakit.core.merging import apply
+from lorakit.core.merging.apply import shards
 from lorakit.core.merging.card import model_card, tokenizer_files
-from lorakit.core.merging.plan import Plan, Weighted, make_plan
+from lorakit.core.merging.plan import Plan, Rounding, Weighted, make_plan
 from lorakit.core.merging.verifying import verify_rows
 from lorakit.core.weights import INDEX, Weights, open_weights
 
@@ -60,8 +60,7 @@ def merge(config: MergeConfig, target: Path, report: Report) -> Merged:
                 f"--output {target}: found a place inside {place}, need one outside", "choose another folder"
             )
     weighted = [Weighted(adapter, weight, match(adapter, base)) for adapter, weight in opened]
-    quantize = _quantization(config, weighted, report)
-    plan = make_plan(base, weighted, NAMES.get(config.merging.dtype), quantize)
+    plan = make_plan(base, weighted, NAMES.get(config.merging.dtype), _rounding(config, weighted, report))
     parents = _parents(base, weighted)
     with artifacts.lock(target):
         done = artifacts.claim(target, "merged model", config, parents, overwrite=config.output.overwrite)
@@ -77,7 +76,7 @@ def merge(config: MergeConfig, target: Path, report: Report) -> Merged:
                 if full:
                     facts.update(_compared(plan, stage, config, report))
 
-            content = itertools.chain(apply.shards(plan, report), files.items())
+            content = itertools.chain(shards(plan, report), files.items())
             artifacts.commit(target, "merged model", content, config=config, parents=parents, facts=facts, check=check)
         elif full:
             facts |= _compared(plan, target, config, report)
@@ -96,29 +95,36 @@ def _parents(base: Weights, weighted: Sequence[Weighted]) -> dict[str, str]:
     return parents
 
 
-def _quantization(config: MergeConfig, weighted: Sequence[Weighted], report: Report) -> str:
-    """The quantization that the base's numbers go through before anything is added: none, or that of the training."""
-    trained = {each.adapter.folder: quantized_in_training(each.adapter) for each in weighted}
-    known = {quantize for quantize in trained.values() if quantize is not None}
+def _in_training(adapter: Adapter) -> Rounding | None:
+    """How the base was quantized while an adapter was trained, as far as its manifest says.
+
+    Where the number type was left to the machine, it is taken to have been bf16, as it is on every GPU that has it.
+    """
+    config = adapter.artifact.config if adapter.artifact is not None else {}
+    kind, dtype = str(config.get("quantize", "none")), str(config.get("dtype", "auto"))
+    return None if kind == "none" else Rounding(kind, "bf16" if dtype == "auto" else dtype)
+
+
+def _rounding(config: MergeConfig, weighted: Sequence[Weighted], report: Report) -> Rounding | None:
+    """What the base's numbers go through before anything is added: nothing, or what they went through in training."""
+    trained = {_in_training(each.adapter) for each in weighted}
     if config.merging.base_precision == "16bit":
-        if known - {"none"}:
+        for rounding in filter(None, trained):
             report(
                 Notice(
-                    f"trained over a base in {', '.join(sorted(known))}, merged into its original weights: "
+                    f"trained over a base in {rounding.kind}, merged into its original weights; "
                     "--base-precision as-trained takes what training saw, --verify full measures both"
                 )
             )
-        return "none"
-    unknown = [str(folder) for folder, quantize in trained.items() if quantize is None]
-    if unknown or len(known) > 1:
-        found = (
-            f"{unknown[0]} without lorakit's manifest" if unknown else f"adapters over {' and '.join(sorted(known))}"
-        )
+        return None
+    unknown = [each.adapter.folder for each in weighted if each.adapter.artifact is None]
+    if unknown or len(trained) > 1:
+        found = f"{unknown[0]} without lorakit's manifest" if unknown else "adapters trained over different bases"
         raise InputRefused(
             f"--base-precision as-trained: found {found}, need to know how the base was quantized in training",
             "leave it out: the adapter is then merged into the original weights",
         )
-    return known.pop()
+    return trained.pop()
 
 
 def _small_files(plan: Plan, report: Report) -> dict[str, bytes]:
@@ -140,4 +146,5 @@ def _compared(plan: Plan, folder: Path, config: MergeConfig, report: Report) -> 
     """What `--verify full` finds out. Only here models are loaded, and with them torch."""
     from lorakit.core.merging.comparing import compare
 
-    return compare(plan, folder, config.merging.blocks, report)
+    trained = _in_training(plan.adapters[0].adapter)
+    return compare(plan, folder, trained, config.merging.blocks, report)

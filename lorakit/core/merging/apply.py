@@ -75,7 +75,7 @@ class Computed:
         self._terms = [(*term.factors(), term) for term in target.terms]
         self._rows = [(dict(zip(rows, new.all(), strict=True))) for rows, new in target.rows]
         self._shifts = [(shift.all(), scale) for shift, scale in target.shifts]
-        self._base = there_and_back(target.source, target.quantize)
+        self._base = there_and_back(target.source, target.rounding)
         self._lengths = self._lengths_of_columns()
 
     def write(self, start: int, stop: int, out: NDArray[np.uint8], scratch: Scratch) -> NDArray[np.uint8]:

@@ -27,8 +27,8 @@ def model_card(plan: Plan) -> str:
     base = plan.adapters[0].adapter.base_name
     named = f"base_model: {base}\nbase_model_relation: merge\n" if base and not Path(base).is_absolute() else ""
     made_of = "\n".join(_line(each) for each in plan.adapters)
-    rounded = {target.quantize for target in plan.targets.values()} - {"none"}
-    precision = f", whose linear layers went through {rounded.pop()} and back as in training" if rounded else ""
+    rounding = plan.rounding
+    precision = f", whose linear layers went through {rounding.kind} and back, as in training" if rounding else ""
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation

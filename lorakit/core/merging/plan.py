@@ -72,6 +72,14 @@ class Term:
 
 
 @dataclass(frozen=True)
+class Rounding:
+    """Quantization in training: its kind (`nf4`, `fp4`, `int8`), and the type that the base had before and after it."""
+
+    kind: str
+    dtype: str
+
+
+@dataclass(frozen=True)
 class Target:
     """One tensor of the merged model, in the shard and with the type that it is written in."""
 
@@ -81,8 +89,8 @@ class Target:
     source: Stored
     in_base: Stored | None
     """The same tensor of the base; None for a head that is no longer tied."""
-    quantize: str = "none"
-    """The kind of quantization that the base's numbers go through first, there and back."""
+    rounding: Rounding | None = None
+    """The quantization that the base's numbers go through first, there and back."""
     terms: tuple[Term, ...] = ()
     rows: tuple[tuple[tuple[int, ...], Stored], ...] = ()
     shifts: tuple[tuple[Stored, float], ...] = ()
@@ -100,14 +108,12 @@ class Target:
     @property
     def changed(self) -> bool:
         """Whether its numbers differ from the base's."""
-        return bool(self.terms or self.rows or self.shifts or self.quantize != "none") or self.source != self.in_base
+        return bool(self.terms or self.rows or self.shifts or self.rounding) or self.source != self.in_base
 
     @property
     def computed(self) -> bool:
         """Whether its bytes aren't simply those of its source."""
-        return bool(self.terms or self.rows or self.shifts or self.quantize != "none") or (
-            self.dtype != self.source.place.dtype
-        )
+        return bool(self.terms or self.rows or self.shifts or self.rounding) or (self.dtype != self.source.place.dtype)
 
 
 @dataclass(frozen=True)
@@ -128,6 +134,8 @@ class Plan:
     targets: Mapping[str, Target]
     """In the order of the shards and of their bytes."""
     config: Mapping[str, Any]
+    dtype: str | None
+    rounding: Rounding | None
 
     @property
     def changed(self) -> list[Target]:
@@ -173,7 +181,7 @@ class Plan:
         return place is not None and (place.dtype, place.shape) == (target.dtype, target.shape)
 
 
-def make_plan(base: Weights, weighted: Sequence[Weighted], dtype: str | None, quantize: str) -> Plan:
+def make_plan(base: Weights, weighted: Sequence[Weighted], dtype: str | None, rounding: Rounding | None) -> Plan:
     """The merged model of a base and its adapters; `dtype` (as safetensors call it) of all tensors, or each its own.
 
     Raises Mismatch, InputRefused (what can't be merged exactly), NonFinite (an adapter's tensor).
@@ -198,8 +206,8 @@ def make_plan(base: Weights, weighted: Sequence[Weighted], dtype: str | None, qu
                 targets[name] = _changed(targets[name], change, each)
     for target in targets.values():
         _refuse_unfit(target)
-    if quantize != "none":
-        targets = {name: _rounded(base, target, quantize) for name, target in targets.items()}
+    if rounding is not None:
+        targets = {name: _rounded(base, target, rounding) for name, target in targets.items()}
     config = dict(base.config)
     if tied and not _same(targets[base.embedding], targets[HEAD]):
         config["tie_word_embeddings"] = False
@@ -223,7 +231,7 @@ def make_plan(base: Weights, weighted: Sequence[Weighted], dtype: str | None, qu
     if rows and rows != {base.tensors[name].rows for name in (base.embedding,) if name in base.tensors}:
         config["vocab_size"] = rows.pop()
     order = sorted(targets.values(), key=lambda target: (target.shard, _position(base, target)))
-    return Plan(base, weighted, {target.name: target for target in order}, config)
+    return Plan(base, weighted, {target.name: target for target in order}, config, dtype, rounding)
 
 
 def _position(base: Weights, target: Target) -> tuple[int, int]:
@@ -282,10 +290,10 @@ def _equal_rows(rows: tuple[int, ...], new: Stored, known: tuple[tuple[int, ...]
     return rows == known[0] and _equal(new, known[1])
 
 
-def _rounded(base: Weights, target: Target, quantize: str) -> Target:
+def _rounded(base: Weights, target: Target, rounding: Rounding) -> Target:
     """The target over the base as it was trained: linear layers went through quantization, the head did not."""
     is_linear = len(target.shape) == 2 and target.name not in (base.embedding, HEAD)
-    return replace(target, quantize=quantize) if is_linear and target.source == target.in_base else target
+    return replace(target, rounding=rounding) if is_linear and target.source == target.in_base else target
 
 
 def _refuse_not_finite(adapter: Adapter) -> None:

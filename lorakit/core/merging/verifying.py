@@ -103,7 +103,7 @@ class _Inputs:
         columns = np.arange(math.prod(source.place.shape[1:]))
         if by_column:
             columns = columns[:: max(1, len(columns) // _COLUMNS)]
-        base = there_and_back(source, target.quantize)
+        base = there_and_back(source, target.rounding)
         values = np.concatenate([base(row, row + 1, Scratch())[:, columns].astype(np.float64) for row in rows])
         size, steps = np.abs(values), 4
         for adapter, weight, change in done:
