@@ -9,6 +9,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ from numpy.typing import NDArray
 
 from lorakit.core import adapters
 from lorakit.core.adapters import Adapter, BiasShift, Change, LoraPair, Replacement, TokenRows
+from lorakit.core.environment import usable_cores
 from lorakit.core.errors import ArtifactDamaged
 from lorakit.core.floats import FRACTION_BITS, SMALLEST, Scratch
 from lorakit.core.merging.plan import Plan, Stored, Target
 from lorakit.core.merging.quantizing import there_and_back
-from lorakit.core.weights import HEAD, read_header
+from lorakit.core.weights import HEAD, TensorPlace, read_header
 
 _ROWS = 4
 _COLUMNS = 64  # where a number depends on its whole column
@@ -34,26 +36,27 @@ def verify_rows(plan: Plan, folder: Path) -> float:
     """
     headers = {shard: read_header(folder / shard) for shard in plan.base.shards}
     inputs = _Inputs(plan)
-    largest = 0.0
-    for target in plan.changed:
-        place = headers[target.shard].get(target.name)
-        if place is None or (place.dtype, place.shape) != (target.dtype, target.shape):
-            raise _wrong(folder / target.shard, target, f"{place and (place.dtype, place.shape)}", f"{target.shape}")
-        rows = _sample(target)
-        found = np.stack([_read_back(Stored(folder / target.shard, place), row) for row in rows])
-        exact, allowed, columns = inputs.exact(target, rows)
-        difference = np.abs(found[:, columns] - exact)
-        wrong = ~(difference <= allowed + _half_a_place(exact, target.dtype))
-        if wrong.any():
-            at = tuple(np.argwhere(wrong)[0])
-            raise _wrong(
-                folder / target.shard,
-                target,
-                f"{found[:, columns][at]:.9g} in row {rows[at[0]]} ({wrong.mean():.0%} of the sample differ)",
-                f"{exact[at]:.9g}",
-            )
-        largest = max(largest, float(difference.max(initial=0.0)))
-    return largest
+
+    def difference(target: Target) -> float:
+        return _difference(target, folder / target.shard, headers[target.shard].get(target.name), inputs)
+
+    with ThreadPoolExecutor(usable_cores()) as threads:
+        return max(threads.map(difference, plan.changed), default=0.0)
+
+
+def _difference(target: Target, path: Path, place: TensorPlace | None, inputs: "_Inputs") -> float:
+    if place is None or (place.dtype, place.shape) != (target.dtype, target.shape):
+        raise _wrong(path, target, f"{place and (place.dtype, place.shape)}", f"{target.shape}")
+    rows = _sample(target)
+    found = np.stack([_read_back(Stored(path, place), row) for row in rows])
+    exact, allowed, columns = inputs.exact(target, rows)
+    difference = np.abs(found[:, columns] - exact)
+    wrong = ~(difference <= allowed + _half_a_place(exact, target.dtype))
+    if wrong.any():
+        at = tuple(np.argwhere(wrong)[0])
+        shown = f"{found[:, columns][at]:.9g} in row {rows[at[0]]} ({wrong.mean():.0%} of the sample differ)"
+        raise _wrong(path, target, shown, f"{exact[at]:.9g}")
+    return float(difference.max(initial=0.0))
 
 
 def _wrong(path: Path, target: Target, found: str, need: str) -> ArtifactDamaged:
