@@ -22,7 +22,7 @@ INDEX = "model.safetensors.index.json"
 _ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _SHARD_NAME = re.compile(r"[\w.-]+\.safetensors")
 _MAX_HEADER_BYTES = 100 * 10**6  # the limit of the safetensors library
-_THREADS = 2
+_THREADS = 8  # files hashed at once: more than cores, so that a last one is not alone
 
 HEAD = "lm_head.weight"
 _EMBEDDING = re.compile(r"(?:.+\.)?(?:embed_tokens|wte|embed_in|word_embeddings)\.weight")
