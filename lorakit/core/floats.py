@@ -88,7 +88,8 @@ def narrowed(values: NDArray[Any], dtype: str, out: NDArray[np.uint8], scratch: 
 
 def _all_within(values: NDArray[Any], largest: float) -> bool:
     """Whether no number is NaN or beyond ± largest: what their squares sum up to mostly says so in one pass."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        if np.dot(values, values) <= largest * largest:
-            return True
-    return not values.size or bool(values.max() <= largest and values.min() >= -largest)
+    return (
+        bool(np.dot(values, values) <= largest * largest)
+        or not values.size
+        or bool(values.max() <= largest and values.min() >= -largest)
+    )

@@ -21,20 +21,25 @@ from lorakit.core.floats import Scratch, item_bytes, narrowed
 from lorakit.core.merging.plan import Plan, Target
 from lorakit.core.merging.quantizing import there_and_back
 
-_AHEAD = 2  # chunks that wait for the disk, a core
+_MAX_THREADS = 8  # the disk and the hash keep up with no more, and each has a few MB of its own
+_AHEAD = 2  # chunks that wait for the disk, a thread
 
 
 def shards(plan: Plan, report: Report) -> Iterator[tuple[str, disk.Content]]:
     """Every shard of the merged model, its bytes in pieces: computed by every core, handed over in their order."""
-    with ThreadPoolExecutor(usable_cores()) as threads:
+    with ThreadPoolExecutor(_threads()) as threads:
         for shard in plan.base.shards:
             yield shard, _shard(plan, shard, threads, report)
+
+
+def _threads() -> int:
+    return min(usable_cores(), _MAX_THREADS)
 
 
 def _shard(plan: Plan, shard: str, threads: ThreadPoolExecutor, report: Report) -> Iterator[disk.Piece]:
     targets = plan.shard(shard)
     yield plan.header(shard)
-    waiting: deque[Future[NDArray[np.uint8]] | disk.FileRange] = deque()
+    waiting: deque[tuple[Future[NDArray[np.uint8]], NDArray[np.uint8]] | disk.FileRange] = deque()
     free: list[NDArray[np.uint8]] = []
     scratch = Scratch()
 
@@ -44,8 +49,8 @@ def _shard(plan: Plan, shard: str, threads: ThreadPoolExecutor, report: Report) 
             if isinstance(piece, disk.FileRange):
                 yield piece
             else:
-                yield memoryview(piece.result())  # type: ignore[arg-type]
-                free.append(piece.result())  # it is written: the next chunk may have its place
+                yield memoryview(piece[0].result())  # type: ignore[arg-type]
+                free.append(piece[1])  # it is written: the next chunk may have its place
 
     for done, target in enumerate(targets, 1):
         source = target.source
@@ -60,9 +65,11 @@ def _shard(plan: Plan, shard: str, threads: ThreadPoolExecutor, report: Report) 
             computed = Computed(target)
             for start, stop in source.chunks():
                 size = (stop - start) * math.prod(target.shape[1:]) * item_bytes(target.dtype)
-                buffer = free.pop() if free and len(free[-1]) == size else np.empty(size, np.uint8)
-                waiting.append(threads.submit(computed.write, start, stop, buffer, scratch))
-                yield from ready(_AHEAD * usable_cores())
+                buffer = free.pop() if free else np.empty(size, np.uint8)
+                if len(buffer) < size:
+                    buffer = np.empty(size, np.uint8)
+                waiting.append((threads.submit(computed.write, start, stop, buffer[:size], scratch), buffer))
+                yield from ready(_AHEAD * _threads())
         report(Progress(f"merging {shard}", done, len(targets), "tensors"))
     yield from ready(0)
 
@@ -80,7 +87,9 @@ class Computed:
 
     def write(self, start: int, stop: int, out: NDArray[np.uint8], scratch: Scratch) -> NDArray[np.uint8]:
         """Some rows as they are stored, in `out`. Raises NonFinite."""
-        if not narrowed(self.rows(start, stop, scratch), self.target.dtype, out, scratch):
+        with np.errstate(all="ignore"):  # what isn't a number is found by the next line
+            finite = narrowed(self.rows(start, stop, scratch), self.target.dtype, out, scratch)
+        if not finite:
             raise NonFinite(
                 f"{self.target.name}: found NaN, or more than {self.target.dtype} holds, after merging; need numbers",
                 "train the adapter again, or merge with --dtype fp32",

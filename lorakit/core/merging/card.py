@@ -25,7 +25,7 @@ def tokenizer_files(folders: Sequence[Path]) -> dict[str, bytes]:
 def model_card(plan: Plan) -> str:
     """README.md of a merged model."""
     base = plan.adapters[0].adapter.base_name
-    named = f"base_model: {base}\nbase_model_relation: merge\n" if base and not Path(base).is_absolute() else ""
+    named = f"base_model: {base}\nbase_model_relation: merge\n" if base and not Path(base).exists() else ""
     made_of = "\n".join(_line(each) for each in plan.adapters)
     rounding = plan.rounding
     precision = f", whose linear layers went through {rounding.kind} and back, as in training" if rounding else ""

@@ -25,6 +25,7 @@ from lorakit.core.merging.plan import Plan, Stored, Target
 from lorakit.core.merging.quantizing import there_and_back
 from lorakit.core.weights import HEAD, TensorPlace, read_header
 
+_MAX_THREADS = 8
 _ROWS = 4
 _COLUMNS = 64  # where a number depends on its whole column
 
@@ -40,7 +41,7 @@ def verify_rows(plan: Plan, folder: Path) -> float:
     def difference(target: Target) -> float:
         return _difference(target, folder / target.shard, headers[target.shard].get(target.name), inputs)
 
-    with ThreadPoolExecutor(usable_cores()) as threads:
+    with ThreadPoolExecutor(min(usable_cores(), _MAX_THREADS)) as threads:
         return max(threads.map(difference, plan.changed), default=0.0)
 
 
