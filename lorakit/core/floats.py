@@ -3,6 +3,7 @@
 A bfloat16 is the upper half of a float32 (sign, 8 bits of exponent, 7 of fraction).
 """
 
+import math
 import sys
 import threading
 from collections.abc import Mapping
@@ -88,8 +89,8 @@ def narrowed(values: NDArray[Any], dtype: str, out: NDArray[np.uint8], scratch: 
 
 def _all_within(values: NDArray[Any], largest: float) -> bool:
     """Whether no number is NaN or beyond ± largest: what their squares sum up to mostly says so in one pass."""
-    return (
-        bool(np.dot(values, values) <= largest * largest)
-        or not values.size
-        or bool(values.max() <= largest and values.min() >= -largest)
-    )
+    with np.errstate(all="ignore"):
+        squares = float(np.dot(values, values))
+    if math.isfinite(squares) and squares <= largest * largest:
+        return True
+    return not values.size or bool(values.max() <= largest and values.min() >= -largest)
