@@ -93,4 +93,4 @@ def _all_within(values: NDArray[Any], largest: float) -> bool:
         squares = float(np.dot(values, values))
     if math.isfinite(squares) and squares <= largest * largest:
         return True
-    return not values.size or bool(values.max() <= largest and values.min() >= -largest)
+    return not values.size or (float(values.max()) <= largest and float(values.min()) >= -largest)
