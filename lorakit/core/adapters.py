@@ -70,6 +70,7 @@ class Adapter:
 
     @cached_property
     def tensors(self) -> Mapping[str, TensorPlace]:
+        """What its safetensors header says. Raises ArtifactDamaged."""
         return read_header(self.folder / WEIGHTS)
 
     def rank(self, module: str) -> int:
@@ -199,7 +200,8 @@ def _refuse_unusable(folder: Path, config: Mapping[str, Any]) -> None:
             re.compile(pattern)
         except re.error as error:
             raise InputRefused(
-                f"{folder}: found the pattern {pattern!r} ({error}), need a regular expression", ""
+                f"{folder}: found the pattern {pattern!r} ({error}), need a regular expression",
+                f"correct it in {CONFIG}",
             ) from None
 
 
@@ -284,7 +286,7 @@ def _lora(
         yield from (f"{name}: not one of a pair lora_A, lora_B" for name in names.values())
         return
     if ("magnitude_vector" in names) != bool(adapter.config.get("use_dora")):
-        yield f"{module}: lora_magnitude_vector {'without' if 'magnitude' in names else 'missing with'} use_dora"
+        yield f"{module}: lora_magnitude_vector {'without' if 'magnitude_vector' in names else 'missing with'} use_dora"
         return
     if place is None:
         yield f"{names[sides[0]]}: the base has no tensor {target}"

@@ -169,6 +169,12 @@ def test_an_adapter_in_a_pickle_file(cli: Cli, base: Path, tmp_path: Path) -> No
     refused(cli, tmp_path, 3, "pickle files are never opened", adapter)
 
 
+def test_dora_by_its_tensors_but_not_by_its_settings(cli: Cli, base: Path, tmp_path: Path) -> None:
+    """peft would merge it as plain LoRA."""
+    adapter = make_adapter(tmp_path / "adapter", base, use_dora=True)
+    refused(cli, tmp_path, 5, "lora_magnitude_vector without use_dora", configured(adapter, use_dora=False))
+
+
 def test_rank_zero(cli: Cli, base: Path, tmp_path: Path) -> None:
     refused(cli, tmp_path, 3, "found r = 0", configured(make_adapter(tmp_path / "adapter", base), r=0))
 
