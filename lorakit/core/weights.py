@@ -22,6 +22,7 @@ INDEX = "model.safetensors.index.json"
 _ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _SHARD_NAME = re.compile(r"[\w.-]+\.safetensors")
 _MAX_HEADER_BYTES = 100 * 10**6  # the limit of the safetensors library
+_COMPARED_BYTES = 2**20  # at a time
 _THREADS = 8  # files hashed at once: more than cores, so that a last one is not alone
 
 HEAD = "lm_head.weight"
@@ -65,10 +66,21 @@ class Weights:
         """The tensor of the token embedding; where there is none that is known, the name that Llama's has."""
         return next((name for name in self.tensors if _EMBEDDING.fullmatch(name)), "model.embed_tokens.weight")
 
-    @property
+    @cached_property
     def is_tied(self) -> bool:
-        """Whether the head's weight is the embedding's: where the config says so, or there is no other."""
-        return bool(self.config.get("tie_word_embeddings")) or HEAD not in self.tensors
+        """Whether the head's weight is the embedding's: as the config says, else where there is no other. A head of
+        other numbers beside the embedding isn't tied, as transformers loads it, whatever the config says."""
+        tied = bool(self.config.get("tie_word_embeddings", HEAD not in self.tensors))
+        if not tied or not {HEAD, self.embedding} <= set(self.tensors):
+            return tied
+        head, embedding = (self.tensors[name] for name in (HEAD, self.embedding))
+        if (head.dtype, head.shape) != (embedding.dtype, embedding.shape):
+            return False
+        with (self.folder / head.shard).open("rb") as one, (self.folder / embedding.shard).open("rb") as other:
+            one.seek(head.start)
+            other.seek(embedding.start)
+            sizes = [min(_COMPARED_BYTES, head.end - at) for at in range(head.start, head.end, _COMPARED_BYTES)]
+            return all(one.read(size) == other.read(size) for size in sizes)
 
     def place(self, name: str) -> TensorPlace | None:
         """Where a parameter of the model lies; a tied head lies where the embedding does."""

@@ -197,8 +197,8 @@ def make_plan(base: Weights, weighted: Sequence[Weighted], dtype: str | None, ro
     embedding = targets.get(base.embedding)
     tied = base.is_tied and embedding is not None
     if tied and embedding is not None:
-        own = targets.get(HEAD)
-        targets[HEAD] = replace(embedding, name=HEAD, shard=own.shard if own else embedding.shard)
+        copy = targets.get(HEAD)
+        targets[HEAD] = replace(embedding, name=HEAD, shard=copy.shard if copy else embedding.shard)
     for each in weighted:
         for change in each.changes:
             shares = tied and change.target in (base.embedding, HEAD) and _is_shared(change)
@@ -209,12 +209,16 @@ def make_plan(base: Weights, weighted: Sequence[Weighted], dtype: str | None, ro
     if rounding is not None:
         targets = {name: _rounded(base, target, rounding) for name, target in targets.items()}
     config = dict(base.config)
+    if base.config.get("tie_word_embeddings") and not tied:
+        _refuse_half_tied(base, targets)
+        config["tie_word_embeddings"] = False  # which is how transformers loads it, with a warning
     if tied and not _same(targets[base.embedding], targets[HEAD]):
         config["tie_word_embeddings"] = False
     elif tied and HEAD not in base.tensors:
         del targets[HEAD]
-    elif tied and not targets[HEAD].changed:
-        targets[HEAD] = replace(targets[HEAD], source=Stored(base.folder / targets[HEAD].shard, base.tensors[HEAD]))
+    elif tied and not targets[HEAD].changed:  # a copy that the base holds beside its embedding, and nobody reads
+        own = Stored(base.folder / targets[HEAD].shard, base.tensors[HEAD])
+        targets[HEAD] = replace(targets[HEAD], source=own, in_base=own)
     if dtype is not None:
         targets = {
             name: replace(target, dtype=dtype) if target.dtype in FRACTION_BITS else target
@@ -269,7 +273,7 @@ def _changed(target: Target, change: Change, each: Weighted) -> Target:
         return replace(target, rows=(*target.rows, (change.rows, new)))
     if _equal(new, target.source):
         return target
-    if target.source.path.name == adapters.WEIGHTS:
+    if target.source != target.in_base:
         raise _both_replace(target, each, "all of it")
     if each.weight != 1:
         raise InputRefused(
@@ -331,6 +335,16 @@ def _refuse_unfit(target: Target) -> None:
                 f"{stored.path}: {target.name}: found {stored.place.dtype}, need F32, BF16 or F16",
                 "merge into the 16-bit base",
             )
+
+
+def _refuse_half_tied(base: Weights, targets: Mapping[str, Target]) -> None:
+    """A config that ties a head which has numbers of its own: what belongs to both is then anyone's guess."""
+    if any(targets[name].changed for name in (base.embedding, HEAD) if name in targets):
+        raise InputRefused(
+            f"{base.folder}: found tie_word_embeddings beside a head of other numbers than the embedding's, "
+            "need one or the other",
+            "say in its config.json that tie_word_embeddings is false, which is how it is loaded",
+        )
 
 
 def _same(one: Target, other: Target) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lorakit.core.merging import plan
@@ -200,3 +200,25 @@ def test_a_script_that_never_merges_writes_the_base_and_this_doesnt(
         a, b = (lora[f"base_model.model.{name.removesuffix('weight')}lora_{side}.weight"] for side in "AB")
         torch.testing.assert_close(merged[name] - before[name], 2.0 * b @ a, rtol=1e-4, atol=1e-6)
         assert float((merged[name] - before[name]).abs().max()) > 0.01
+
+
+@pytest.mark.parametrize("kind", ["plain", "head", "embedding", "tokens", "longer vocabulary"])
+@pytest.mark.parametrize("same", [True, False], ids=["the same numbers", "other numbers"])
+def test_a_head_beside_a_tied_embedding(kind: str, same: bool, cli: Cli, tmp_path: Path) -> None:
+    """Some bases hold one, though their config ties it: with the same numbers it is tied, with others it is not."""
+    base = make_llama(tmp_path / "base", tie_word_embeddings=True)
+    tensors = load_file(base / "model.safetensors")
+    embedding = tensors["model.embed_tokens.weight"]
+    tensors["lm_head.weight"] = embedding.clone() if same else torch.randn_like(embedding)
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    adapter = make_adapter(tmp_path / "adapter", base, **TIED[kind])
+    if not same and kind != "plain":
+        ran = cli("merge", adapter, "--output", tmp_path / "merged")
+        assert ran.code == 3
+        assert "tie_word_embeddings beside a head of other numbers" in ran.err
+        return
+    model = merged_by(cli, tmp_path / "merged", adapter)
+    torch.testing.assert_close(logits(model), logits(adapted(base, adapter)), rtol=1e-4, atol=1e-4)
+    assert model.config.tie_word_embeddings == (same and kind in STAY_TIED)
+    if kind == "plain":
+        assert torch.equal(load_all(tmp_path / "merged")["lm_head.weight"], tensors["lm_head.weight"])
