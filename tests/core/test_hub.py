@@ -4,7 +4,7 @@ import base64
 import hashlib
 import json
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,10 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
-from lorakit.core.errors import DiskFailed, HubFailed, InputRefused, UsageError
+from lorakit.core.errors import ArtifactDamaged, DiskFailed, HubFailed, InputRefused, UsageError
 from lorakit.core.events import Notice
 from lorakit.core.hub import DATA_KINDS, PACKINGS, dataset_snapshot, model_folder, push_folder
+from tests.conftest import Ran
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -501,3 +502,31 @@ def test_a_name_that_is_no_repository_is_refused_before_anything_is_asked(hub: H
     with pytest.raises(UsageError, match="need owner/name"):
         push_folder(tmp_path, name, private=False, report=lambda event: None)
     assert hub.asked == []
+
+
+def test_a_merged_model_is_uploaded_once_it_is_verified(
+    hub: Hub, cli: Callable[..., Ran], tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lorakit.core import merging
+    from tests.core.merging.adapted import make_adapter
+
+    adapter = make_adapter(tmp_path / "adapter", tiny_llama)
+    line = ("merge", adapter, "--output", tmp_path / "merged", "--push-to-hub", "owner/mine", "--private", "--json")
+    right = merging.verify_rows
+
+    def wrong(*_: object) -> float:
+        raise ArtifactDamaged("found other numbers, need these", "look")
+
+    monkeypatch.setattr(merging, "verify_rows", wrong)
+    assert cli(*line).code == 4
+    assert hub.uploaded == {}
+    monkeypatch.setattr(merging, "verify_rows", right)
+    hub.upload_failure = "/commit/main", 403
+    assert cli(*line).code == 12
+    hub.upload_failure = None
+    ran = cli(*line)
+    assert ran.code == 0, ran.err
+    assert (ran.json["already_done"], ran.json["url"]) == (True, f"{constants.ENDPOINT}/owner/mine")
+    there = {path.name: path.read_bytes() for path in (tmp_path / "merged").iterdir()}
+    kept = ("lorakit.json", "lorakit.yaml")
+    assert hub.uploaded == {"owner/mine": {name: there[name] for name in there if name not in kept}}
