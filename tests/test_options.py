@@ -215,8 +215,20 @@ TYPED: list[tuple[type[StepConfig], str, dict[str, Any]]] = [
     ),
     (
         MergeConfig,
-        "/a --base b --output /o --overwrite",
-        {"adapter": "/a", "base": "b", "output": "/o", "overwrite": True},
+        "/a:0.7 owner/b:0.30 --base b --dtype bf16 --base-precision as-trained --verify full --blocks /x --blocks /y "
+        "--push-to-hub owner/mine --private --output /o --overwrite",
+        {
+            "adapter": ["/a:0.7", "owner/b:0.3"],
+            "base": "b",
+            "dtype": "bf16",
+            "base_precision": "as-trained",
+            "verify": "full",
+            "blocks": ["/x", "/y"],
+            "push_to_hub": "owner/mine",
+            "private": True,
+            "output": "/o",
+            "overwrite": True,
+        },
     ),
     (
         ChatConfig,

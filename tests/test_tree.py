@@ -18,17 +18,17 @@ PACKAGE = ROOT / "lorakit"
 
 FLOORS = (
     ("errors", "events"),
-    ("config", "disk"),
+    ("config", "disk", "floats"),
     ("artifacts",),
     ("templates", "weights", "hub", "environment", "elastic", "reporting"),
     ("records", "profiling", "shapes", "parallel", "tracking", "accelerate_config"),
     ("readers", "tokenization", "attention.implementations", "memory"),
     ("sources", "packing", "blocks", "adapters", "offloading", "attention.cases", "attention.miniature", "placement"),
-    ("preparing", "model", "attention.trials"),
-    ("attention.proving",),
-    ("attention",),
+    ("preparing", "model", "attention.trials", "merging.plan"),
+    ("attention.proving", "merging.quantizing", "merging.card"),
+    ("attention", "merging.apply", "merging.verifying"),
     ("evaluation", "generation", "training.schedule", "training.optimizers", "training.checkpoints"),
-    ("training.loop",),
+    ("training.loop", "merging.comparing"),
     ("training", "merging", "starter", "probing", "launching"),
     ("planning",),
 )
@@ -52,7 +52,9 @@ WITHOUT_TORCH = (
         "tracking",
         "accelerate_config",
         "launching",
+        "floats",
     ),
+    *("merging", "merging.plan", "merging.quantizing", "merging.card", "merging.apply", "merging.verifying"),
 )
 
 
@@ -210,7 +212,7 @@ def test_every_option_reaches_the_code(step: type[StepConfig]) -> None:
         for path in PACKAGE.rglob("*.py")
         if path.name != "options.py" and "__pycache__" not in path.parts
     ]
-    properties = {"columns": "renamed"}
+    properties = {"columns": "renamed"} | ({"adapter": "weighted"} if step.__name__ == "MergeConfig" else {})
     for name, setting in step.settings().items():
         attribute = properties.get(name, name)
         read = re.compile(rf"\b(?:{setting.section}|lora|kind|packing|sampling|batch|devices)\.{attribute}\b")

@@ -19,16 +19,16 @@ Imports go down only:
 
     planning
       training, merging, starter, probing, launching
-        training.loop
+        training.loop, merging.comparing
           evaluation, generation, training.schedule, training.optimizers, training.checkpoints
-            attention
-              attention.proving
-                preparing, model, attention.trials
+            attention, merging.apply, merging.verifying
+              attention.proving, merging.quantizing, merging.card
+                preparing, model, attention.trials, merging.plan
                   sources, packing, blocks, adapters, offloading, placement, attention.cases, attention.miniature
                     readers, tokenization, attention.implementations, memory
                       records, profiling, shapes, tracking, accelerate_config, parallel
                         templates, weights, hub, environment, elastic, reporting
                           artifacts
-                            config, disk
+                            config, disk, floats
                               errors, events
 """

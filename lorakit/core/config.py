@@ -5,6 +5,7 @@ A step's config is made of sections (`config.lora.rank`). To the user it is flat
 """
 
 import difflib
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -92,6 +93,23 @@ def _absolute_if_local(name: str) -> str:
     return os.path.abspath(path) if os.path.exists(path) else name
 
 
+def _name_and_weight(name: str) -> tuple[str, float]:
+    """`A:0.7` split at its last colon; a folder that bears such a name itself has weight 1."""
+    before, colon, weight = name.rpartition(":")
+    try:
+        return (before, float(weight)) if colon and not os.path.exists(name) else (name, 1.0)
+    except ValueError:
+        return name, 1.0
+
+
+def _absolute_adapter(name: str) -> str:
+    folder, weight = _name_and_weight(os.path.expanduser(name))
+    if not math.isfinite(weight) or weight == 0:
+        raise ValueError("not a weight")
+    folder = _absolute_if_local(folder)
+    return folder if weight == 1 else f"{folder}:{weight:g}"
+
+
 def _absolute_dataset(name: str) -> str:
     return str(_absolute(Path(name))) if any(sign in name for sign in "*?[") else _absolute_if_local(name)
 
@@ -170,6 +188,8 @@ ModelName = Annotated[str, AfterValidator(_absolute_if_local)]
 """A local folder (kept absolute) or a hub id."""
 DatasetNames = Annotated[tuple[Annotated[str, AfterValidator(_absolute_dataset)], ...], BeforeValidator(_one_or_more)]
 """Local files, folders and patterns (kept absolute), and hub ids."""
+WeightedNames = Annotated[tuple[Annotated[str, AfterValidator(_absolute_adapter)], ...], BeforeValidator(_one_or_more)]
+"""Local folders (kept absolute) and hub ids, each with a weight behind its last colon or without."""
 Paths = Annotated[tuple[PathSetting, ...], BeforeValidator(_one_or_more)]
 Renamings = Annotated[
     tuple[Annotated[str, AfterValidator(_renaming)], ...], BeforeValidator(_split_commas), BeforeValidator(_pairs)
@@ -636,12 +656,56 @@ class PlanSection(Section):
 
 class AdapterSection(Section):
     title = "Model"
-    adapter: ModelName = setting(
-        help="Adapter or run folder.", positional=True, metavar="ADAPTER", decides_result=False
+    adapter: WeightedNames = setting(
+        help="Adapter or run folder; several are added up, each with a weight: A:0.7 B:0.3.",
+        positional=True,
+        repeated=True,
+        metavar="ADAPTER",
+        need="folders or hub ids, each once, a weight behind the last colon",
+        decides_result=False,
+        min_length=1,
     )
     base: ModelName | None = setting(
         None, "Base model, instead of the one named in the adapter.", metavar="MODEL", decides_result=False
     )
+
+    @property
+    def weighted(self) -> list[tuple[str, float]]:
+        """Each adapter and how much of it is added."""
+        return [_name_and_weight(name) for name in self.adapter]
+
+
+class MergingSection(Section):
+    title = "Merging"
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = setting(
+        "auto", "Number type of the merged model. auto: each tensor keeps the base's."
+    )
+    base_precision: Literal["16bit", "as-trained"] = setting(
+        "16bit",
+        "Where the base was quantized in training: add to its original weights, or to what training saw, its weights "
+        "through quantization and back.",
+    )
+    verify: Literal["rows", "full"] = setting(
+        "rows",
+        "Read rows of every changed tensor back and compute them another way; full: also load both models and compare "
+        "their answers, and the losses over held-out blocks where the base was quantized in training.",
+        decides_result=False,
+    )
+    blocks: Paths = setting(
+        (),
+        "Blocks whose losses --verify full measures. Left out: the held-out part of those of the training.",
+        repeated=True,
+        metavar="DIR",
+        decides_result=False,
+    )
+
+
+class HubSection(Section):
+    title = "Hub"
+    push_to_hub: str | None = setting(
+        None, "Upload the result to this repository (owner/name).", metavar="REPO", decides_result=False
+    )
+    private: bool = setting(False, "Where the repository is new, make it private.", decides_result=False)
 
 
 class AnyModelSection(Section):
@@ -988,7 +1052,17 @@ class PatchAttentionConfig(StepConfig):
 
 class MergeConfig(StepConfig):
     adapter: AdapterSection
+    merging: MergingSection
+    hub: HubSection
     output: OutputSection
+
+    @model_validator(mode="after")
+    def _options_that_need_others(self) -> Self:
+        if self.merging.blocks and self.merging.verify != "full":
+            raise ValueError("found --blocks without --verify full, need both")
+        if self.hub.private and self.hub.push_to_hub is None:
+            raise ValueError("found --private without --push-to-hub, need both")
+        return self
 
 
 class ChatConfig(StepConfig):

@@ -27,6 +27,11 @@ def one_thread_for_tokenizers() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
+def one_thread_for_products() -> None:
+    """Keep each of numpy's matrix products to one thread, for who computes several at once; before numpy's import."""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+
 @dataclass(frozen=True)
 class Worker:
     """This process's place in a parallel run: its number among all of them, and among those of this machine."""

@@ -1,14 +1,18 @@
-"""The name of a model or dataset → a local folder: the folder itself, or a snapshot from the Hub."""
+"""A name → a local folder: the folder itself, or a snapshot from the Hub; and a folder → a repository on the Hub."""
 
+import contextlib
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from lorakit.core.errors import HubFailed, InputRefused, disk_failed, first_line
+from lorakit import __version__
+from lorakit.core.errors import HubFailed, InputRefused, UsageError, disk_failed, first_line
+from lorakit.core.events import Notice, Report
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _MAX_HUB_ID = 96  # the Hub's own limit
+_KEPT_HERE = ["lorakit.json", "lorakit.yaml", "checkpoints/*", "checkpoints/**", ".*"]
 _FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
 
 DATA_KINDS: Mapping[str, str] = {
@@ -60,6 +64,60 @@ def dataset_snapshot(name: str, revision: str | None, timeout_seconds: float = 1
     patterns = ["README.md", *(f"*{suffix}{packing}" for suffix in DATA_KINDS for packing in ("", *PACKINGS))]
     folder = _snapshot(name, "dataset", revision or "main", patterns, timeout_seconds)
     return folder, folder.name
+
+
+def push_folder(folder: Path, name: str, *, private: bool, report: Report) -> str:
+    """Upload the model or adapter in a folder to a repository, made where it isn't there; returns its address.
+
+    lorakit's manifest and settings stay here: they name paths of this machine, and are whole only with every file. So
+    do checkpoints and hidden files. Raises UsageError where `name` is no hub id, HubFailed, DiskFailed.
+    """
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    if not _HUB_ID.fullmatch(name) or len(name) > _MAX_HUB_ID:
+        raise UsageError(f"--push-to-hub {name}: found no hub id, need owner/name", "correct the name")
+    report(Notice(f"uploading {folder} to {name}"))
+    again = f"{folder} is whole, and the same command goes on with the upload"
+    try:
+        with _quiet_hub():
+            api = huggingface_hub.HfApi()
+            made = api.create_repo(name, private=private or None, exist_ok=True)
+            api.upload_folder(
+                repo_id=made.repo_id,
+                folder_path=folder,
+                ignore_patterns=_KEPT_HERE,
+                commit_message=f"Upload by lorakit {__version__}",
+            )
+    except (OSError, ValueError, RuntimeError, errors.HTTPError) as caught:  # type: ignore[attr-defined]
+        error = caught.__cause__ if isinstance(caught, RuntimeError) and caught.__cause__ else caught
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if isinstance(error, OSError) and error.errno is not None and status is None:
+            raise disk_failed(error, folder) from error
+        if status in (401, 403) or isinstance(error, errors.LocalTokenNotFoundError):
+            raise HubFailed(
+                f"{name}: found that the Hub doesn't let you write there ({first_line(error)}), need a token that may",
+                f"`hf auth login` with a token that may write; {again}",
+            ) from None
+        raise HubFailed(
+            f"{name}: found that the upload failed ({first_line(error)}), need the Hub to take it",
+            f"check the network; {again}",
+        ) from None
+    return str(made)
+
+
+@contextlib.contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """huggingface_hub's own progress bars kept off the terminal."""
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    shown = not are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            enable_progress_bars()
 
 
 def _model(name: str, patterns: Iterable[str], timeout_seconds: float) -> Path:

@@ -18,7 +18,7 @@ from torch.nn import ModuleList
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lorakit.core.adapters import Adapter, match, open_adapter
+from lorakit.core.adapters import Adapter, base_folder, match, open_adapter
 from lorakit.core.config import LoraKindSection, LoraSection, is_pattern
 from lorakit.core.errors import EnvironmentUnusable, InputRefused, first_line, is_out_of_memory
 from lorakit.core.events import Notice, Report
@@ -536,26 +536,16 @@ def open_model(name: str, base_name: str | None, dtype: str, report: Report) -> 
     weights = open_weights(base_folder(adapter, base_name))
     match(adapter, weights)
     base = load_base(weights, pick_dtype(dtype, device), device)
-    grow(base, adapter.vocabulary)
     model = wrap(base, adapter)
     own_tokenizer = (folder / "tokenizer.json").is_file()
     return Opened(model, load_tokenizer(folder if own_tokenizer else weights.folder), adapter)
 
 
-def base_folder(adapter: Adapter, base_name: str | None) -> Path:
-    """The folder of an adapter's base: the one given, else the one that the adapter names."""
-    name = base_name or adapter.base_name
-    if not name:
-        raise InputRefused(f"{adapter.folder}: found no base named in the adapter, need one", "give it with --base")
-    try:
-        return model_folder(name)
-    except InputRefused as error:
-        raise InputRefused(error.message, "give the base with --base") from None
-
-
 def wrap(base: PreTrainedModel, adapter: Adapter) -> PeftModel:
-    """The base with an adapter from disk, by peft itself."""
+    """The base with an adapter from disk, by peft itself; as long as the adapter's vocabulary, if that is another."""
     with quiet_libraries():
+        if adapter.vocabulary not in (None, base.get_input_embeddings().weight.shape[0]):
+            base.resize_token_embeddings(adapter.vocabulary, mean_resizing=False)
         model = PeftModel.from_pretrained(base, str(adapter.folder), local_files_only=True)
     return model.eval()
 

@@ -6,7 +6,8 @@ Format: https://github.com/huggingface/safetensors (8 bytes little-endian header
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +22,11 @@ INDEX = "model.safetensors.index.json"
 _ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _SHARD_NAME = re.compile(r"[\w.-]+\.safetensors")
 _MAX_HEADER_BYTES = 100 * 10**6  # the limit of the safetensors library
+_COMPARED_BYTES = 2**20  # at a time
+_THREADS = 8  # files hashed at once: more than cores, so that a last one is not alone
+
+HEAD = "lm_head.weight"
+_EMBEDDING = re.compile(r"(?:.+\.)?(?:embed_tokens|wte|embed_in|word_embeddings)\.weight")
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,15 @@ class TensorPlace:
     shape: tuple[int, ...]
     start: int
     end: int
+
+    @property
+    def rows(self) -> int:
+        """Its first dimension; a vector is a column of numbers."""
+        return self.shape[0] if self.shape else 1
+
+    @property
+    def row_bytes(self) -> int:
+        return (self.end - self.start) // self.rows if self.rows else 0
 
 
 @dataclass(frozen=True)
@@ -47,6 +62,31 @@ class Weights:
         return sorted({place.shard for place in self.tensors.values()})
 
     @property
+    def embedding(self) -> str:
+        """The tensor of the token embedding; where there is none that is known, the name that Llama's has."""
+        return next((name for name in self.tensors if _EMBEDDING.fullmatch(name)), "model.embed_tokens.weight")
+
+    @cached_property
+    def is_tied(self) -> bool:
+        """Whether the head's weight is the embedding's: as the config says, else where there is no other. A head of
+        other numbers beside the embedding isn't tied, as transformers loads it, whatever the config says."""
+        tied = bool(self.config.get("tie_word_embeddings", HEAD not in self.tensors))
+        if not tied or not {HEAD, self.embedding} <= set(self.tensors):
+            return tied
+        head, embedding = (self.tensors[name] for name in (HEAD, self.embedding))
+        if (head.dtype, head.shape) != (embedding.dtype, embedding.shape):
+            return False
+        with (self.folder / head.shard).open("rb") as one, (self.folder / embedding.shard).open("rb") as other:
+            one.seek(head.start)
+            other.seek(embedding.start)
+            sizes = [min(_COMPARED_BYTES, head.end - at) for at in range(head.start, head.end, _COMPARED_BYTES)]
+            return all(one.read(size) == other.read(size) for size in sizes)
+
+    def place(self, name: str) -> TensorPlace | None:
+        """Where a parameter of the model lies; a tied head lies where the embedding does."""
+        return self.tensors.get(self.embedding if name == HEAD and self.is_tied else name)
+
+    @property
     def size_bytes(self) -> int:
         return sum((self.folder / shard).stat().st_size for shard in self.shards)
 
@@ -54,9 +94,16 @@ class Weights:
     def fingerprint(self) -> str:
         """The hash of the config and of every shard's bytes; which attention kernel the config asks for is no part of
         what the model is."""
-        hashes = {shard: _content_sha256(self.folder / shard) for shard in self.shards}
+        with ThreadPoolExecutor(_THREADS) as threads:  # hashing holds no lock
+            found = threads.map(_content_sha256, [self.folder / shard for shard in self.shards])
+            hashes = dict(zip(self.shards, found, strict=True))
         config = {key: value for key, value in self.config.items() if key != "attn_implementation"}
         return artifacts.fingerprint([config, hashes])
+
+
+def has_a_row_a_token(name: str) -> bool:
+    """Whether a tensor is the embedding or the head: as long as the vocabulary."""
+    return name == HEAD or _EMBEDDING.fullmatch(name) is not None
 
 
 def open_weights(folder: Path) -> Weights:
@@ -65,6 +112,7 @@ def open_weights(folder: Path) -> Weights:
     Raises InputRefused (no model, another kind of model, pickle files, quantized), ArtifactDamaged (a shard that is
     missing, cut off, or holds other tensors than the index says).
     """
+    refuse_gguf(folder)
     config = read_json_object(folder / "config.json", "a model folder has a config.json")
     architectures = config.get("architectures") or []
     if not isinstance(architectures, list):
@@ -79,7 +127,8 @@ def open_weights(folder: Path) -> Weights:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else None
         raise InputRefused(
             f"{folder}: found weights quantized by {method or 'an unnamed method'}, need the 16- or 32-bit base",
-            "give the unquantized model",
+            f"give the unquantized model{_unquantized_name(folder, config)}: numbers that were rounded to a few bits "
+            "can't be taken back",
         )
     if (folder / INDEX).is_file():
         weight_map = read_json_object(folder / INDEX, "").get("weight_map")
@@ -112,6 +161,38 @@ def open_weights(folder: Path) -> Weights:
             "download the model again",
         )
     return Weights(folder, config, tensors)
+
+
+def refuse_gguf(folder: Path) -> None:
+    """Raises InputRefused where a folder, or a path, is a model in llama.cpp's format."""
+    found = folder.name if folder.suffix == ".gguf" else next((path.name for path in folder.glob("*.gguf")), None)
+    if found is not None and not any((folder / name).is_file() for name in (SINGLE, INDEX)):
+        raise InputRefused(
+            f"{folder}: found GGUF ({found}), need the model's safetensors",
+            "give the model that the GGUF file was made from; where there is only the file, convert it once: "
+            "AutoModelForCausalLM.from_pretrained(DIR, gguf_file=FILE).save_pretrained(NEW)",
+        )
+
+
+def _unquantized_name(folder: Path, config: Mapping[str, Any]) -> str:
+    """What the model that was quantized is called, where the name of the quantized one says it."""
+    cached = re.search(r"models--([\w.-]+?)--([\w.-]+)", str(folder.parent.parent.name))
+    name = "/".join(cached.groups()) if cached else str(config.get("_name_or_path") or folder.name)
+    plain = re.sub(r"(?i)(-unsloth)?-(bnb-)?(4bit|8bit|nf4|int8|int4|fp8|awq|gptq)([-_.]\w+)*$", "", name)
+    return f", by its name {plain}" if plain != name else ""
+
+
+def header_bytes(tensors: Iterable[tuple[str, str, Sequence[int]]]) -> bytes:
+    """The beginning of a safetensors file that holds these tensors (name, type, shape) one after the other."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, dtype, shape in tensors:
+        end = at + math.prod(shape) * _ITEM_BYTES[dtype]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, end]}
+        at = end
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    return len(encoded).to_bytes(8, "little") + encoded
 
 
 def read_header(path: Path) -> dict[str, TensorPlace]:

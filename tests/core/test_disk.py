@@ -1,7 +1,9 @@
 """The disk: small writes whole or not at all, short writes finished, a full disk named as one."""
 
 import errno
+import hashlib
 import os
+import random
 import resource
 import subprocess
 import sys
@@ -89,3 +91,62 @@ def test_a_folder_that_cant_be_made_is_a_disk_failure(tmp_path: Path) -> None:
         disk.make_folder(tmp_path / "file" / "b")
     with pytest.raises(DiskFailed, match="Is a directory"):
         disk.AppendedFile(tmp_path)
+
+
+# Parts of other files
+
+
+def source_of(folder: Path, size: int) -> Path:
+    path = folder / "source"
+    path.write_bytes(random.Random(size).randbytes(size))
+    return path
+
+
+@pytest.mark.parametrize("by_kernel", [True, False], ids=["copied by the kernel", "copied by hand"])
+@pytest.mark.parametrize(("start", "end"), [(0, 3_000_000), (1, 2), (7, 2_999_999), (4096, 8192), (5, 5)])
+def test_a_part_of_another_file_is_copied_and_hashed(
+    by_kernel: bool, start: int, end: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(*_: object, **__: object) -> int:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    if not by_kernel:
+        monkeypatch.setattr(os, "copy_file_range", refuses, raising=False)
+    source = source_of(tmp_path, 3_000_000)
+    pieces: list[disk.Piece] = [b"before", disk.FileRange(source, start, end), memoryview(b"after")]
+    described = disk.write_new(tmp_path / "new", pieces)
+    expected = b"before" + source.read_bytes()[start:end] + b"after"
+    assert (tmp_path / "new").read_bytes() == expected
+    assert described == {"bytes": len(expected), "sha256": hashlib.sha256(expected).hexdigest()}
+    assert disk.described(tmp_path / "new") == described
+
+
+def test_a_kernel_that_copies_little_or_stops_is_gone_on_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right, calls = os.copy_file_range, [0]
+
+    def hesitant(source: int, target: int, count: int, **given: int) -> int:
+        calls[0] += 1
+        return 0 if calls[0] % 3 == 0 else right(source, target, min(count, 70_001), **given)
+
+    monkeypatch.setattr(os, "copy_file_range", hesitant)
+    source = source_of(tmp_path, 3_000_000)
+    described = disk.write_new(tmp_path / "new", [disk.FileRange(source, 3, 2_999_990)])
+    assert (tmp_path / "new").read_bytes() == source.read_bytes()[3:2_999_990]
+    assert described["sha256"] == hashlib.sha256(source.read_bytes()[3:2_999_990]).hexdigest()
+
+
+def test_a_source_that_is_too_short_is_an_error(tmp_path: Path) -> None:
+    source = source_of(tmp_path, 1000)
+    with pytest.raises(OSError, match="ends before byte 1001"):
+        disk.write_new(tmp_path / "new", [disk.FileRange(source, 0, 1001)])
+
+
+def test_a_full_disk_while_the_kernel_copies_is_not_taken_for_one_that_cant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "copy_file_range", full)
+    with pytest.raises(OSError, match="No space left"):
+        disk.write_new(tmp_path / "new", [disk.FileRange(source_of(tmp_path, 10_000), 0, 10_000)])

@@ -1,9 +1,10 @@
 """A hub id becomes a snapshot without a pickle file, asked of a stand-in Hub on the loopback; failures have hints."""
 
+import base64
 import hashlib
 import json
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
-from lorakit.core.errors import DiskFailed, HubFailed, InputRefused
-from lorakit.core.hub import DATA_KINDS, PACKINGS, dataset_snapshot, model_folder
+from lorakit.core.errors import ArtifactDamaged, DiskFailed, HubFailed, InputRefused, UsageError
+from lorakit.core.events import Notice
+from lorakit.core.hub import DATA_KINDS, PACKINGS, dataset_snapshot, model_folder, push_folder
+from tests.conftest import Ran
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -42,6 +45,14 @@ class Hub(ThreadingHTTPServer):
         self.failure: tuple[int, Mapping[str, str]] | None = None
         self.datasets: dict[tuple[str, str], tuple[str, Mapping[str, bytes]]] = {}
         """(name, revision) → commit and files."""
+        self.repositories: dict[str, dict[str, Any]] = {}
+        """What was asked for of each repository that was made, by its name."""
+        self.uploaded: dict[str, dict[str, bytes]] = {}
+        """The files of each repository that was uploaded to."""
+        self.objects: dict[str, bytes] = {}
+        """Large files by their sha256, as Git LFS uploads them."""
+        self.upload_failure: tuple[str, int] | None = None
+        """The end of a path, and the status that a request for it gets instead of an answer."""
 
     @property
     def downloaded(self) -> set[str]:
@@ -73,6 +84,64 @@ class Answers(BaseHTTPRequestHandler):
             return self.answer(FILES[name], ETag=f'"{etag(FILES[name])}"')
         return self.answer(b"{}", 404, **{"X-Error-Code": "RepoNotFound"})
 
+    def do_POST(self) -> None:
+        path = urlsplit(self.path).path
+        self.server.asked.append(path)
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if self.fails(path):
+            return None
+        if path == "/api/repos/create":
+            asked = json.loads(body)
+            name = f"{asked['organization']}/{asked['name']}" if asked.get("organization") else f"me/{asked['name']}"
+            known = name in self.server.repositories
+            self.server.repositories.setdefault(name, asked)
+            url = f"http://127.0.0.1:{self.server.server_port}/{name}"
+            return self.answer(json.dumps({"url": url, "id": name}).encode(), 409 if known else 200)
+        if path == "/api/validate-yaml":
+            return self.answer(b"{}")
+        if path.endswith("/preupload/main"):
+            modes = [
+                {"path": f["path"], "uploadMode": "lfs" if f["path"].endswith(".safetensors") else "regular"}
+                for f in json.loads(body)["files"]
+            ]
+            return self.answer(json.dumps({"files": [{**mode, "shouldIgnore": False} for mode in modes]}).encode())
+        if path.endswith(".git/info/lfs/objects/batch"):
+            place = f"http://127.0.0.1:{self.server.server_port}/lfs/"
+            objects = [
+                {**asked, "actions": {"upload": {"href": place + asked["oid"]}}}
+                for asked in json.loads(body)["objects"]
+            ]
+            return self.answer(json.dumps({"transfer": "basic", "objects": objects}).encode())
+        if path.startswith("/api/models/") and path.endswith("/commit/main"):
+            name = path.removeprefix("/api/models/").removesuffix("/commit/main")
+            files = self.server.uploaded.setdefault(name, {})
+            for line in map(json.loads, body.decode().splitlines()):
+                if line["key"] == "file":
+                    files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+                elif line["key"] == "lfsFile":
+                    files[line["value"]["path"]] = self.server.objects[line["value"]["oid"]]
+            found = {
+                "success": True,
+                "commitOid": COMMIT,
+                "commitUrl": f"http://{self.headers['Host']}/{name}/commit/{COMMIT}",
+            }
+            return self.answer(json.dumps(found).encode())
+        return self.answer(b"{}", 404)
+
+    def do_PUT(self) -> None:
+        path = urlsplit(self.path).path
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if not self.fails(path):
+            self.server.objects[hashlib.sha256(body).hexdigest()] = body
+            self.answer(b"")
+
+    def fails(self, path: str) -> bool:
+        failure = self.server.upload_failure
+        if failure is None or failure[0] not in path:
+            return False
+        self.answer(b"{}", failure[1])
+        return True
+
     def answer_dataset(self, path: str) -> None:
         for (name, revision), (commit, files) in self.server.datasets.items():
             if path in (f"/api/datasets/{name}/revision/{quote(key, safe='')}" for key in (revision, commit)):
@@ -92,7 +161,7 @@ class Answers(BaseHTTPRequestHandler):
         for name, value in {"Content-Length": str(len(body)), "X-Repo-Commit": COMMIT, **headers}.items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command == "GET":
+        if self.command != "HEAD":
             self.wfile.write(body)
 
     def log_message(self, *_: object) -> None:
@@ -111,6 +180,7 @@ def point_at(address: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "hub"))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(folder / "no-token"))
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # its protocol has no stand-in here: plain Git LFS
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
     huggingface_hub.close_session()
@@ -358,3 +428,105 @@ def test_every_kind_of_data_is_downloaded(suffix: str, packing: str, hub: Hub) -
     hub.datasets = {("owner/rows", "main"): (COMMIT, {name: b"x"})}
     folder, _ = dataset_snapshot("owner/rows", None, 2.0)
     assert content(folder) == {name: b"x"}
+
+
+# Uploads
+
+
+def a_model(folder: Path) -> dict[str, bytes]:
+    """A folder with what goes to the Hub, which is returned, and what doesn't."""
+    files = {"config.json": b"{}", "README.md": b"# mine", "model.safetensors": b"\x02\0\0\0\0\0\0\0{}"}
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    for name in ("lorakit.json", "lorakit.yaml", ".hidden"):
+        (folder / name).write_text("stays here")
+    checkpoint = folder / "checkpoints" / "step-00000001"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "adapter_model.safetensors").write_bytes(b"stays here")
+    return files
+
+
+@pytest.mark.parametrize("private", [False, True])
+def test_a_folder_becomes_a_repository(hub: Hub, tmp_path: Path, private: bool) -> None:
+    (tmp_path / "model").mkdir()
+    files = a_model(tmp_path / "model")
+    told: list[Any] = []
+    address = push_folder(tmp_path / "model", "owner/mine", private=private, report=told.append)
+    assert address == f"{constants.ENDPOINT}/owner/mine"
+    assert hub.uploaded == {"owner/mine": files}
+    made = hub.repositories["owner/mine"]
+    assert (made.get("private") is True or made.get("visibility") == "private") == private
+    assert [event.text for event in told if isinstance(event, Notice)] == [
+        f"uploading {tmp_path / 'model'} to owner/mine"
+    ]
+
+
+def test_a_second_upload_goes_to_the_same_repository(hub: Hub, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    files = a_model(tmp_path / "model")
+    push_folder(tmp_path / "model", "owner/mine", private=False, report=lambda event: None)
+    (tmp_path / "model" / "README.md").write_bytes(b"# better")
+    push_folder(tmp_path / "model", "owner/mine", private=False, report=lambda event: None)
+    assert hub.uploaded == {"owner/mine": {**files, "README.md": b"# better"}}
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "words"),
+    [
+        ("/api/repos/create", 401, "doesn't let you write"),
+        ("/api/repos/create", 403, "doesn't let you write"),
+        ("/preupload/", 500, "upload failed"),
+        ("/lfs/objects/batch", 403, "doesn't let you write"),
+        ("/lfs/", 500, "upload failed"),
+        ("/commit/main", 503, "upload failed"),
+    ],
+)
+def test_an_upload_that_fails_is_told_and_the_folder_is_kept(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, status: int, words: str
+) -> None:
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    (tmp_path / "model").mkdir()
+    files = a_model(tmp_path / "model")
+    hub.upload_failure = path, status
+    with pytest.raises(HubFailed) as caught:
+        push_folder(tmp_path / "model", "owner/mine", private=False, report=lambda event: None)
+    assert words in caught.value.message
+    assert str(status) in caught.value.message
+    assert "the same command goes on" in caught.value.hint
+    assert hub.uploaded == {}
+    assert {name: (tmp_path / "model" / name).read_bytes() for name in files} == files
+
+
+@pytest.mark.parametrize("name", ["a/b/c", "../up", "owner/", "owner/x y", "x" * 97])
+def test_a_name_that_is_no_repository_is_refused_before_anything_is_asked(hub: Hub, name: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="need owner/name"):
+        push_folder(tmp_path, name, private=False, report=lambda event: None)
+    assert hub.asked == []
+
+
+def test_a_merged_model_is_uploaded_once_it_is_verified(
+    hub: Hub, cli: Callable[..., Ran], tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lorakit.core import merging
+    from tests.core.merging.adapted import make_adapter
+
+    adapter = make_adapter(tmp_path / "adapter", tiny_llama)
+    line = ("merge", adapter, "--output", tmp_path / "merged", "--push-to-hub", "owner/mine", "--private", "--json")
+    right = merging.verify_rows
+
+    def wrong(*_: object) -> float:
+        raise ArtifactDamaged("found other numbers, need these", "look")
+
+    monkeypatch.setattr(merging, "verify_rows", wrong)
+    assert cli(*line).code == 4
+    assert hub.uploaded == {}
+    monkeypatch.setattr(merging, "verify_rows", right)
+    hub.upload_failure = "/commit/main", 403
+    assert cli(*line).code == 12
+    hub.upload_failure = None
+    ran = cli(*line)
+    assert ran.code == 0, ran.err
+    assert (ran.json["already_done"], ran.json["url"]) == (True, f"{constants.ENDPOINT}/owner/mine")
+    there = {path.name: path.read_bytes() for path in (tmp_path / "merged").iterdir()}
+    kept = ("lorakit.json", "lorakit.yaml")
+    assert hub.uploaded == {"owner/mine": {name: there[name] for name in there if name not in kept}}

@@ -234,7 +234,7 @@ class Run:
             adapter = adapters.open_adapter(Path(config.lora_kind.adapter), self.report)
             _refuse_other_lora(adapter, config)
             adapters.match(adapter, weights)
-            grow(base, adapter.vocabulary)
+            grow(base, adapter.vocabulary or 0)
             return continue_lora(base, adapter, config.model.model)
         return add_lora(base, config.lora, config.batch.seed, config.model.model, config.lora_kind, new_tokens)
 

@@ -1,0 +1,150 @@
+"""Base + adapters → one ordinary model: plan, check everything, apply row by row, verify, put in place.
+
+W' = W + scale · B·A in fp32, rounded once to the type that is stored. Tensors without a change keep their bytes.
+
+plan.py says what each tensor of the merged model will be, apply.py makes the bytes, verifying.py reads rows back from
+the disk; none of them needs torch, and none holds more than a few chunks of a tensor, however large the model is.
+"""
+
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorakit.core import adapters, artifacts, disk
+from lorakit.core.adapters import Adapter, base_folder, match, open_adapter
+from lorakit.core.config import MergeConfig
+from lorakit.core.errors import InputRefused, UsageError
+from lorakit.core.events import Notice, Report
+from lorakit.core.floats import NAMES
+from lorakit.core.hub import model_folder, push_folder
+from lorakit.core.merging.apply import shards
+from lorakit.core.merging.card import model_card, tokenizer_files
+from lorakit.core.merging.plan import Plan, Rounding, Weighted, make_plan
+from lorakit.core.merging.verifying import verify_rows
+from lorakit.core.weights import INDEX, Weights, open_weights
+
+_MANIFEST_BYTES = 2**18
+
+
+@dataclass(frozen=True)
+class Merged:
+    """The result of `merge`. `max_difference` is the largest between a stored number and its exact value, over rows of
+    every changed tensor; `logit_difference` that between logits of merged and base + adapter (None: not asked for);
+    `losses` those of `--verify full` over held-out blocks, by what was measured."""
+
+    path: Path
+    tensors: int
+    merged_tensors: int
+    max_difference: float
+    already_done: bool
+    logit_difference: float | None = None
+    losses: Mapping[str, float] | None = None
+    url: str | None = None
+
+
+def merge(config: MergeConfig, target: Path, report: Report) -> Merged:
+    """Write the merged model of an adapter (or several, weighted) and its base to `target`, once it is verified.
+
+    Raises InputRefused, Mismatch (an adapter for another base; other work at the output), ArtifactDamaged (also where
+    what was written isn't what it should be), NonFinite, UsageError (output inside an input), Busy, DiskFailed,
+    HubFailed.
+    """
+    opened = [(open_adapter(model_folder(name), report), weight) for name, weight in config.adapter.weighted]
+    base = open_weights(base_folder(opened[0][0], config.adapter.base))
+    for place in (base.folder, *(adapter.folder for adapter, _ in opened)):
+        if target.resolve().is_relative_to(place.resolve()):
+            raise UsageError(
+                f"--output {target}: found a place inside {place}, need one outside", "choose another folder"
+            )
+    weighted = [Weighted(adapter, weight, match(adapter, base)) for adapter, weight in opened]
+    plan = make_plan(base, weighted, NAMES.get(config.merging.dtype), _rounding(config, weighted, report))
+    parents = _parents(base, weighted)
+    with artifacts.lock(target):
+        done = artifacts.claim(target, "merged model", config, parents, overwrite=config.output.overwrite)
+        facts: dict[str, Any] = dict(done.facts) if done else {}
+        full = config.merging.verify == "full"
+        if done is None:
+            files = _small_files(plan, report)
+            disk.require_free_bytes(target, plan.size_bytes + sum(map(len, files.values())) + _MANIFEST_BYTES)
+            facts |= {"tensors": len(plan.targets), "merged_tensors": len(plan.changed)}
+
+            def check(stage: Path) -> None:
+                facts["max_difference"] = verify_rows(plan, stage)
+                if full:
+                    facts.update(_compared(plan, stage, config, report))
+
+            content = itertools.chain(shards(plan, report), files.items())
+            artifacts.commit(target, "merged model", content, config=config, parents=parents, facts=facts, check=check)
+        elif full:
+            facts |= _compared(plan, target, config, report)
+        if config.hub.push_to_hub is not None:
+            facts["url"] = push_folder(target, config.hub.push_to_hub, private=config.hub.private, report=report)
+    return Merged(path=target, already_done=done is not None, **facts)
+
+
+def _parents(base: Weights, weighted: Sequence[Weighted]) -> dict[str, str]:
+    """The fingerprint of every input; an adapter's weight stands beside its own."""
+    parents = {"base": base.fingerprint}
+    for number, each in enumerate(weighted, 1):
+        name = "adapter" if len(weighted) == 1 else f"adapter {number}"
+        weight = "" if each.weight == 1 else f" × {each.weight:g}"
+        parents[name] = disk.sha256(each.adapter.folder / adapters.WEIGHTS) + weight
+    return parents
+
+
+def _in_training(adapter: Adapter) -> Rounding | None:
+    """How the base was quantized while an adapter was trained, as far as its manifest says.
+
+    Where the number type was left to the machine, it is taken to have been bf16, as it is on every GPU that has it.
+    """
+    config = adapter.artifact.config if adapter.artifact is not None else {}
+    kind, dtype = str(config.get("quantize", "none")), str(config.get("dtype", "auto"))
+    return None if kind == "none" else Rounding(kind, "bf16" if dtype == "auto" else dtype)
+
+
+def _rounding(config: MergeConfig, weighted: Sequence[Weighted], report: Report) -> Rounding | None:
+    """What the base's numbers go through before anything is added: nothing, or what they went through in training."""
+    trained = {_in_training(each.adapter) for each in weighted}
+    if config.merging.base_precision == "16bit":
+        for rounding in filter(None, trained):
+            report(
+                Notice(
+                    f"trained over a base in {rounding.kind}, merged into its original weights; "
+                    "--base-precision as-trained takes what training saw, --verify full measures both"
+                )
+            )
+        return None
+    unknown = [each.adapter.folder for each in weighted if each.adapter.artifact is None]
+    if unknown or len(trained) > 1:
+        found = f"{unknown[0]} without lorakit's manifest" if unknown else "adapters trained over different bases"
+        raise InputRefused(
+            f"--base-precision as-trained: found {found}, need to know how the base was quantized in training",
+            "leave it out: the adapter is then merged into the original weights",
+        )
+    return trained.pop()
+
+
+def _small_files(plan: Plan, report: Report) -> dict[str, bytes]:
+    """The merged model's files beside its weights, as transformers writes them."""
+    files = {"config.json": (json.dumps(dict(plan.config), indent=2) + "\n").encode()}
+    index = plan.index()
+    if index is not None:
+        files[INDEX] = index
+    generation = plan.base.folder / "generation_config.json"
+    if generation.is_file():
+        files[generation.name] = generation.read_bytes()
+    tokenizer = tokenizer_files([*(each.adapter.folder for each in plan.adapters), plan.base.folder])
+    if not tokenizer:
+        report(Notice("no tokenizer beside the base or the adapter: the merged model has none"))
+    return {**files, **tokenizer, "README.md": model_card(plan).encode()}
+
+
+def _compared(plan: Plan, folder: Path, config: MergeConfig, report: Report) -> dict[str, Any]:
+    """What `--verify full` finds out. Only here models are loaded, and with them torch."""
+    from lorakit.core.merging.comparing import compare
+
+    trained = _in_training(plan.adapters[0].adapter)
+    return compare(plan, folder, trained, config.merging.blocks, report)

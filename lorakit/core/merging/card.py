@@ -1,0 +1,58 @@
+"""What goes along with a merged model's weights: its tokenizer, and the card that says what it was made of."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from lorakit import __version__
+from lorakit.core.merging.plan import Plan, Weighted
+
+_TOKENIZER = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+_TOKENIZER_FILES = (
+    *_TOKENIZER,
+    *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json"),
+    *("vocab.json", "merges.txt", "vocab.txt", "spiece.model"),
+)
+
+
+def tokenizer_files(folders: Sequence[Path]) -> dict[str, bytes]:
+    """The tokenizer of the first folder that has one, name → bytes: files as they are, chat template included."""
+    for folder in folders:
+        if any((folder / name).is_file() for name in _TOKENIZER):
+            return {name: (folder / name).read_bytes() for name in _TOKENIZER_FILES if (folder / name).is_file()}
+    return {}
+
+
+def model_card(plan: Plan) -> str:
+    """README.md of a merged model."""
+    base = plan.adapters[0].adapter.base_name
+    named = f"base_model: {base}\nbase_model_relation: merge\n" if base and not Path(base).exists() else ""
+    made_of = "\n".join(_line(each) for each in plan.adapters)
+    rounding = plan.rounding
+    precision = f", whose linear layers went through {rounding.kind} and back, as in training" if rounding else ""
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+{named}tags: [lora, lorakit]
+---
+# {Path(base).name or plan.base.folder.name}, merged
+
+Base: {Path(base).name or plan.base.folder.name} (fingerprint {plan.base.fingerprint}){precision}
+
+{made_of}
+
+Merged by lorakit {__version__}: W + scale · B·A in fp32, rounded once.
+{len(plan.changed)} of {len(plan.targets)} tensors differ from the base's.
+
+```python
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("this folder", dtype="auto")
+```
+"""
+
+
+def _line(each: Weighted) -> str:
+    adapter = each.adapter
+    weight = "" if each.weight == 1 else f", weight {each.weight:g}"
+    data = f", trained on data {adapter.artifact.parents['blocks']}" if adapter.artifact is not None else ""
+    config = adapter.config
+    return f"Adapter: {adapter.folder.name}, rank {config['r']}, alpha {config['lora_alpha']:g}{weight}{data}"
