@@ -136,3 +136,29 @@ def test_a_model_without_a_chat_template_completes_text(cli: Cli, tmp_path: Path
     assert "rendered by plain joining" in ran.err
     assert cli("prepare", rows_file, "--tokenizer", plain, "--block-size", 128, "--template", "chat").code == 3
     assert cli("chat", plain, "--prompt", "hello", "--max-new-tokens", 4).code == 0
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_new_tokens_go_from_prepare_to_the_merged_model(
+    cli: Callable[..., Ran], rows_file: Path, tmp_path: Path, tied: bool
+) -> None:
+    """A vocabulary without room for them grows; PEFT alone loads the adapter, and answers as the merged model does."""
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoModelForCausalLM
+
+    model = make_llama(tmp_path / "model", vocab_size=259, tie_word_embeddings=tied)
+    tokens = ("--add-tokens", "<think>,plus")
+    blocks, run, merged = (tmp_path / name for name in ("blocks", "run", "merged"))
+    given = ("--tokenizer", model, "--block-size", 128, "--output", blocks)
+    assert cli("prepare", rows_file, *tokens, *given).code == 0
+    trained = ("train", "--model", model, "--blocks", blocks, "--max-steps", 3, "--learning-rate", 1e-2)
+    assert cli(*trained, "--output", run).code == 5  # blocks hold tokens that this run doesn't know of
+    assert cli(*trained, *tokens, "--output", run).code == 0
+    assert cli("merge", run, "--output", merged).code == 0
+    whole = AutoModelForCausalLM.from_pretrained(merged).eval()
+    assert whole.config.vocab_size == 261
+    ids = torch.tensor([[5, 259, 260, 9]])
+    by_peft = AutoPeftModelForCausalLM.from_pretrained(run).eval()
+    torch.testing.assert_close(whole(input_ids=ids).logits, by_peft(input_ids=ids).logits, rtol=0, atol=1e-5)
+    untrained = AutoModelForCausalLM.from_pretrained(model).get_input_embeddings().weight.mean(0)
+    assert not torch.allclose(whole.get_input_embeddings().weight[260], untrained, atol=1e-3)

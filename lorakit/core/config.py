@@ -543,10 +543,20 @@ class SavingSection(Section):
     track: Tracker | None = setting(
         None, "Send metrics to a tracker too, which must be installed.", decides_result=False
     )
+
+
+class HubSection(Section):
+    title = "Hub"
     push_to_hub: str | None = setting(
-        None, "Upload the adapter to this Hub repository at the end.", metavar="REPO", decides_result=False
+        None, "Upload the result to this repository (owner/name).", metavar="REPO", decides_result=False
     )
-    private: bool = setting(False, "Make that repository private.", decides_result=False)
+    private: bool = setting(False, "Where the repository is new, make it private.", decides_result=False)
+
+    @model_validator(mode="after")
+    def _private_needs_a_repository(self) -> Self:
+        if self.private and self.push_to_hub is None:
+            raise ValueError("found --private without --push-to-hub, need both")
+        return self
 
 
 class AttentionSection(Section):
@@ -698,14 +708,6 @@ class MergingSection(Section):
         metavar="DIR",
         decides_result=False,
     )
-
-
-class HubSection(Section):
-    title = "Hub"
-    push_to_hub: str | None = setting(
-        None, "Upload the result to this repository (owner/name).", metavar="REPO", decides_result=False
-    )
-    private: bool = setting(False, "Where the repository is new, make it private.", decides_result=False)
 
 
 class AnyModelSection(Section):
@@ -943,13 +945,12 @@ class TrainConfig(StepConfig):
     devices: ParallelSection
     evaluation: EvaluationSection
     saving: SavingSection
+    hub: HubSection
     output: OutputSection
 
     @model_validator(mode="after")
     def _no_contradictions(self) -> Self:
         problems = [*self._data_problems(), *self._schedule_problems(), *self._device_problems()]
-        if self.saving.private and self.saving.push_to_hub is None:
-            problems.append("found --private alone, need --push-to-hub REPO beside it")
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -1060,8 +1061,6 @@ class MergeConfig(StepConfig):
     def _options_that_need_others(self) -> Self:
         if self.merging.blocks and self.merging.verify != "full":
             raise ValueError("found --blocks without --verify full, need both")
-        if self.hub.private and self.hub.push_to_hub is None:
-            raise ValueError("found --private without --push-to-hub, need both")
         return self
 
 

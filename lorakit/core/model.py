@@ -14,6 +14,7 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor
 from torch.nn import ModuleList
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -475,6 +476,14 @@ def trained_names(model: PeftModel) -> dict[str, str]:
     with quiet_libraries():
         saved = get_peft_model_state_dict(model, save_embedding_layers=False)
     return {name: inner[tensor.data_ptr()] for name, tensor in saved.items() if tensor.data_ptr() in inner}
+
+
+def longer_embeddings(model: PeftModel) -> dict[str, Tensor]:
+    """The embedding and head of a model that has got new rows, by their names in PEFT's files, which hold them then."""
+    trained = trained_names(model)
+    with quiet_libraries():
+        saved = get_peft_model_state_dict(model, save_embedding_layers=True)
+    return {name: tensor.detach().cpu().clone() for name, tensor in saved.items() if name not in trained}
 
 
 def _targets(base: PreTrainedModel, lora: LoraSection) -> dict[str, Any]:

@@ -23,8 +23,8 @@ from lorakit.core.environment import Worker
 from lorakit.core.errors import EnvironmentUnusable, LorakitError, RankFailed, first_line
 
 _TIMEOUT = timedelta(minutes=30)
-"""The longest that a process waits for the others in one exchange. The first one hashes a base that none has seen inside
-of it: 130 GB from a disk that reads 200 MB a second take eleven minutes."""
+"""The longest that a process waits for the others in one exchange. The first one hashes a base that none has seen
+inside of it: 130 GB from a disk that reads 200 MB a second take eleven minutes."""
 
 
 @dataclass(frozen=True)

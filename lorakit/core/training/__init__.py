@@ -30,7 +30,7 @@ from lorakit.core.config import TrainConfig
 from lorakit.core.environment import let_gpu_memory_grow, make_cublas_deterministic, worker
 from lorakit.core.errors import Mismatch
 from lorakit.core.events import Report
-from lorakit.core.hub import model_folder
+from lorakit.core.hub import model_folder, push_folder
 from lorakit.core.model import pick_device
 from lorakit.core.parallel import World, joined
 from lorakit.core.training.checkpoints import CHECKPOINTS, OTHER_WORK_HINT, Checkpoints
@@ -42,7 +42,8 @@ from lorakit.core.weights import open_weights
 class Trained:
     """The result of `train`. `peak_bytes` is the fullest GPU's peak, or the process's on the CPU; `planned_bytes` what
     tensors were planned to take, None where a model can't be planned; `best_step` and `eval_loss` are those of the
-    lowest held-out loss, None without evaluations; the adapter is that of `adapter_step`."""
+    lowest held-out loss, None without evaluations; the adapter is that of `adapter_step`; `url` is where it was
+    uploaded to."""
 
     path: Path
     steps: int
@@ -59,6 +60,7 @@ class Trained:
     best_step: int | None = None
     eval_loss: float | None = None
     adapter_step: int | None = None
+    url: str | None = None
 
 
 def train(
@@ -98,7 +100,10 @@ def train(
             facts, already = run.go(should_stop), False
         if place and place.folder != target:
             artifacts.replace(place.folder, target)
-    return Trained(path=target, already_done=already, **facts)
+        url, repository = None, config.hub.push_to_hub
+        if world.is_first and repository is not None:
+            url = push_folder(target, repository, private=config.hub.private, report=report)
+    return Trained(path=target, already_done=already, url=url, **facts)
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,7 @@ from lorakit.core.model import (
     dtype_name,
     grow,
     load_base,
+    longer_embeddings,
     make_ready,
     pick_dtype,
     require_device,
@@ -228,6 +229,7 @@ class Run:
             on_gpu = self.device.type == "cuda"
             self.plan = with_attention(self.plan, attention_kind(self.state.attention, on_gpu=on_gpu))
             _say_what_wont_fit(self.plan, self.report)
+        rows = base.get_input_embeddings().weight.shape[0]
         new_tokens = self.tokenizer.convert_tokens_to_ids(list(config.tokens.add_tokens))
         grow(base, max((token + 1 for token in new_tokens), default=0))
         if config.lora_kind.adapter is not None:
@@ -235,8 +237,12 @@ class Run:
             _refuse_other_lora(adapter, config)
             adapters.match(adapter, weights)
             grow(base, adapter.vocabulary or 0)
-            return continue_lora(base, adapter, config.model.model)
-        return add_lora(base, config.lora, config.batch.seed, config.model.model, config.lora_kind, new_tokens)
+            model = continue_lora(base, adapter, config.model.model)
+        else:
+            name, kind = config.model.model, config.lora_kind
+            model = add_lora(base, config.lora, config.batch.seed, name, kind, new_tokens)
+        self.is_longer = base.get_input_embeddings().weight.shape[0] > rows
+        return model
 
     def _load(self, checkpoint: Artifact) -> None:
         tensors, states, self.state = read(checkpoint)
@@ -491,7 +497,7 @@ class Run:
         with self.world.together():
             if self.world.is_first:
                 files = {
-                    **self._adapter_files(tensors),
+                    **self._adapter_files({**tensors, **(longer_embeddings(self.model) if self.is_longer else {})}),
                     **tokenizer_files(self.tokenizer),
                     "README.md": _model_card(
                         self.config, self.model.peft_config["default"], facts, self.blocks
@@ -528,11 +534,9 @@ class Run:
 
     def _adapter_files(self, tensors: Mapping[str, Tensor]) -> dict[str, bytes]:
         """The adapter as PEFT writes it: what is tied twice."""
-        first = {self.names[name]: name for name in tensors}
-        every = {
-            name: tensors[name] if name in tensors else tensors[first[inner]].clone()
-            for name, inner in self.names.items()
-        }
+        first = {self.names[name]: name for name in tensors if name in self.names}
+        tied = {name: first[inner] for name, inner in self.names.items() if name not in tensors}
+        every = {**tensors, **{name: tensors[other].clone() for name, other in tied.items()}}
         return {
             adapters.WEIGHTS: safetensors.torch.save(every, metadata={"format": "pt"}),
             adapters.CONFIG: _adapter_config(self.model),
