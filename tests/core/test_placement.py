@@ -13,7 +13,9 @@ from lorakit.core.errors import InputRefused, Mismatch, OutOfMemory
 from lorakit.core.memory import Part, StepMemory, Workload
 from lorakit.core.placement import (
     Device,
+    Parallel,
     get_device_map,
+    largest_batch,
     make_plan,
     plan_run,
     read_plan,
@@ -166,6 +168,27 @@ def test_a_map_loads_and_trains(tmp_path: Path) -> None:
     ids = torch.arange(32)[None]
     model(input_ids=ids, labels=ids).loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+# The largest micro-step
+
+
+@pytest.mark.parametrize("parallel", ["split", "ddp", "fsdp"])
+@pytest.mark.parametrize("of", [1, 7, 12, 16, 36])
+def test_the_largest_batch_is_the_largest_that_fits_of_all(of: int, parallel: Parallel) -> None:
+    """Against every number of blocks that makes up the step evenly, each planned anew."""
+    found, seen = shape("smollm2-135m"), set()
+    for size in (1.2, 1.5, 2, 3, 5, 9, 40):
+        budgets: dict[Device, int] = dict.fromkeys(range(2), int(size * GIB))
+        fitting = [1]
+        for batch in range(1, of + 1):
+            work = workload(batch_size=batch, accumulates=batch < of)
+            if of % batch == 0 and make_plan(found, budgets, work, parallel).fits:
+                fitting.append(batch)
+        largest = largest_batch(found, workload(batch_size=99, accumulates=False), budgets, parallel, of)
+        assert largest == max(fitting)
+        seen.add(largest)
+    assert len(seen) > (0 if of == 1 else 1)
 
 
 # Plan files
