@@ -240,6 +240,28 @@ def test_a_run_on_a_fuller_machine_is_told_that_the_plans_map_doesnt_fit(tmp_pat
     assert plan_run(found, work, {0: 48 * GIB, 1: 6 * GIB}, path).fits
 
 
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_plan_for_several_processes_is_followed_by_as_many(parallel: Parallel, tmp_path: Path) -> None:
+    found, work, path = shape("llama-7b"), workload(quantize="nf4"), tmp_path / "plan.json"
+    free: dict[Device, int] = dict.fromkeys(range(3), 24 * GIB)
+    made = make_plan(found, free, work, parallel)
+    path.write_text(json.dumps(made.as_json()))
+    assert plan_run(found, work, free, path, parallel) == made
+    assert plan_run(found, work, free, None, parallel) == made
+    less = plan_run(found, work, dict.fromkeys(range(3), 2 * GIB), path, parallel)
+    assert not less.fits  # for what is free now
+    two: dict[Device, int] = dict.fromkeys(range(2), 24 * GIB)
+    with pytest.raises(Mismatch, match="found a plan for 3 devices, need one for 2 processes"):
+        plan_run(found, work, two, path, parallel)
+    with pytest.raises(Mismatch, match=r"rank: found 16, asked for 8"):
+        plan_run(found, replace(work, rank=8), free, path, parallel)
+    other: Parallel = "fsdp" if parallel == "ddp" else "ddp"
+    for asked in (other, "split"):
+        with pytest.raises(Mismatch, match=f"found a plan for {parallel}, need one for {asked}") as caught:
+            plan_run(found, work, free, path, asked)  # type: ignore[arg-type]
+        assert f"--parallel {parallel} --num-processes 3" in caught.value.hint
+
+
 def test_a_map_that_isnt_this_models_is_refused() -> None:
     found, work = shape("llama-7b"), workload()
     made = make_plan(found, {0: 10 * GIB, 1: 10 * GIB}, work, "split").device_map
