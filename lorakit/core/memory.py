@@ -251,18 +251,16 @@ class StepMemory:
         gradients, 12 bytes); the last norm's backward pass; each layer's, where what lies below is still kept and the
         gradients above are there; and the optimizer's step.
         Data-parallel devices hold all gradients and as much again in the buffer by which they are summed; FSDP's hold
-        1/shards of the layers' weights and of all states, whole what lies outside of the layers, and two of them, one
-        computed and one fetched ahead (torch's fully_shard). Of offloaded layers the one whose backward pass runs is
-        there.
+        1/shards of the layers' weights and states, whole what lies outside of the layers, and two of them, one computed
+        and one fetched ahead (torch's fully_shard). Of offloaded layers the one whose backward pass runs is there.
         """
         layers = self.layers[part.first : part.end]
         outside, parameters, optimizer = self._outside(part)
         of_layers = sum(layer.weights for layer in layers) - self.moved_bytes(part)
-        parameters += sum(layer.parameters for layer in layers)
-        optimizer += sum(layer.optimizer for layer in layers)
         if shards > 1:
             of_layers = of_layers // shards + 2 * max(layer.weights for layer in self.layers)
-            parameters, optimizer = -(-parameters // shards), -(-optimizer // shards)
+        parameters += -(-sum(layer.parameters for layer in layers) // shards)
+        optimizer += -(-sum(layer.optimizer for layer in layers) // shards)
         weights = outside + of_layers
         all_gradients = 4 * parameters
         always = all_gradients * (2 if copies > 1 else 1) if self.work.accumulates or copies > 1 else 0
@@ -317,14 +315,22 @@ class StepMemory:
         if self.work.gradient_checkpointing:
             boundary = self.work.tokens * self.work.element_bytes * self.shape.hidden_size
             return self._shared + (end - part.first) * boundary
-        kept = sum(layer.kept for layer in self.layers[part.first : end])
-        return self._shared + kept - (self._not_kept_at_first if end > part.first == 0 else 0)
+        kept = sum(layer.kept for layer in self.layers[max(part.first, self._first_learning) : end])
+        return self._shared + kept - (self._not_kept_at_first if part.first <= self._first_learning < end else 0)
+
+    @cached_property
+    def _first_learning(self) -> int:
+        """The first layer with a backward pass: with checkpointing, which makes the embedding need a gradient, all have
+        one; without, those below the first LoRA matrices keep nothing."""
+        if self.work.gradient_checkpointing:
+            return 0
+        return min((number for number in self._targets if number is not None), default=self.shape.num_layers)
 
     @cached_property
     def _not_kept_at_first(self) -> int:
-        """Without checkpointing the embedding needs no gradient: the first norm keeps nothing, nor do the 16-bit copies
-        of A in q, k and v."""
-        copies = [m for m in self._targets.get(0, ()) if m.name.endswith(_ATTENTION_INPUTS)]
+        """Without checkpointing what comes into the first layer that learns needs no gradient: its first norm keeps
+        nothing, nor do the 16-bit copies of A in q, k and v."""
+        copies = [m for m in self._targets.get(self._first_learning, ()) if m.name.endswith(_ATTENTION_INPUTS)]
         in_copies = sum(2 * self.work.rank * module.in_features for module in copies) if self._has_copies else 0
         return self.work.tokens * (4 * self.shape.hidden_size + 4) + in_copies
 
@@ -363,7 +369,7 @@ class StepMemory:
         """(gradients, copies of weights, activations) in the backward pass of each layer: 4P of the layers above, and
         its own so far."""
         moments, above = [], 0
-        for number in range(part.end - 1, part.first - 1, -1):
+        for number in range(part.end - 1, max(part.first, self._first_learning) - 1, -1):
             layer = self.layers[number]
             kept = self._kept_until(part, number + 1 if self.work.gradient_checkpointing else number)
             is_offloaded = number < part.first + part.offloaded

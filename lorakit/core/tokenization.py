@@ -100,7 +100,8 @@ def load_tokenizer(folder: Path, add_tokens: Sequence[str] = ()) -> "PreTrainedT
             f"{folder}: found no tokenizer that transformers can load ({first_line(error)}), need one",
             "give a folder that holds tokenizer.json and tokenizer_config.json",
         ) from None
-    known = [token for token in add_tokens if token in tokenizer.get_vocab()]
+    vocabulary = tokenizer.get_vocab()
+    known = [token for at, token in enumerate(add_tokens) if token in vocabulary or token in add_tokens[:at]]
     if known:
         raise InputRefused(
             f"add_tokens: found {', '.join(map(repr, known))} in the tokenizer already, need new ones",

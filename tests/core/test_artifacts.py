@@ -439,3 +439,60 @@ def test_a_file_that_isnt_the_artifacts_or_was_changed_isnt_replaced(tmp_path: P
     (tmp_path / "a" / "notes.txt").write_bytes(b"changed")
     with pytest.raises(ArtifactDamaged, match="found other bytes than were written"):
         artifacts.amend(tmp_path / "a", "notes.txt", b"new")
+
+
+# Unfinished again
+
+
+def test_a_reopened_artifact_is_the_unfinished_work_that_it_was(tmp_path: Path) -> None:
+    commit(tmp_path / "a", keep=())
+    (tmp_path / "a" / "checkpoints").mkdir()
+    (tmp_path / "a" / "checkpoints" / "x").write_bytes(b"kept")
+    artifacts.reopen(tmp_path / "a", ("checkpoints", "notes.txt"))
+    assert content(tmp_path / "a") == {"checkpoints/x": b"kept", "notes.txt": FILES["notes.txt"]}
+    unfinished = artifacts.claim(
+        tmp_path / "a", "blocks", CONFIG, PARENTS, overwrite=False, unfinished=("checkpoints", "notes.txt")
+    )
+    assert unfinished is None
+
+
+@pytest.mark.parametrize("killed_at", range(1, 14))
+def test_killed_while_it_is_reopened_it_is_whole_or_unfinished(
+    killed_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, calls = tmp_path / "a", 0
+    commit(target)
+    (target / "checkpoints").mkdir()
+    before = content(target)
+
+    def killing(original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*given: Any, **more: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == killed_at:
+                raise Killed
+            return original(*given, **more)
+
+        return call
+
+    with monkeypatch.context() as patched, contextlib.suppress(Killed):
+        for name in ("mkdir", "rename", "unlink", "rmdir", "fsync"):
+            patched.setattr(os, name, killing(getattr(os, name)))
+        artifacts.reopen(target, ("checkpoints",))
+    with artifacts.lock(target):
+        pass
+    assert (target / "checkpoints").is_dir()
+    if artifacts.is_artifact(target):
+        artifacts.open_artifact(target, "blocks")
+        assert content(target) == before
+    else:
+        assert os.listdir(target) == ["checkpoints"]
+
+
+def test_settings_that_may_differ_are_no_other_work(tmp_path: Path) -> None:
+    commit(tmp_path / "a")
+    with pytest.raises(Mismatch, match="block_size: found 2048, asked for 64"):
+        artifacts.claim(tmp_path / "a", "blocks", OTHER, PARENTS, overwrite=False, may_differ=("pack",))
+    found = artifacts.claim(tmp_path / "a", "blocks", OTHER, PARENTS, overwrite=False, may_differ=("block_size",))
+    assert found is not None
+    assert found.config == CONFIG.flat()

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -12,11 +12,12 @@ import torch
 
 from lorakit.core.attention.implementations import register
 from lorakit.core.blocks import Batch
-from lorakit.core.config import LoraSection
+from lorakit.core.config import LoraSection, Optimizer, TrainConfig
 from lorakit.core.evaluation import loss_sum
-from lorakit.core.memory import Part, StepMemory, Workload, is_quantized, weight_bytes
+from lorakit.core.memory import Part, StepMemory, Workload, is_quantized, optimizer_bytes, weight_bytes
 from lorakit.core.model import add_lora, checkpoint_activations, leave_casts_to_autocast, load_base, trained_parameters
-from lorakit.core.shapes import Shape, config_of, shape_of
+from lorakit.core.shapes import Module, Shape, config_of, shape_of
+from lorakit.core.training.optimizers import make_optimizer
 from lorakit.core.weights import open_weights
 from tests.conftest import make_tokenizer
 from tests.live import LiveBytes, allocated_peak, saved_bytes
@@ -85,10 +86,13 @@ def build(tmp_path: Path) -> Any:
         shape = shape_of("tiny", json.loads((folder / "config.json").read_bytes()))
         names = [module.name if module.layer is None else f"model.layers.{module.layer}" for module in shape.modules]
         places = dict.fromkeys(names, "cpu"), {f"model.layers.{number}": "cpu" for number in range(count)}
-        base = load_base(open_weights(folder), DTYPES[workload.dtype], torch.device("cpu"), workload.quantize, *places)
+        how = {"double_quantization": workload.double_quantization}
+        dtype = DTYPES[workload.dtype]
+        base = load_base(open_weights(folder), dtype, torch.device("cpu"), workload.quantize, *places, **how)
         implementations = {"varlen": "keeps_like_varlen", "documents": "varlen"}
         base.set_attn_implementation(implementations.get(workload.attention, workload.attention))
-        model = add_lora(base, LoraSection(rank=rank, target_modules=targets), 0, "tiny")
+        lora = LoraSection(rank=rank, target_modules=targets, layers_to_transform=workload.layers_to_transform)
+        model = add_lora(base, lora, 0, "tiny")
         if workload.gradient_checkpointing:
             checkpoint_activations(model)
         if workload.dtype != "fp32":
@@ -172,6 +176,14 @@ STEPS = [
     {"attention": "sdpa", "gradient_checkpointing": False, "quantize": "nf4"},
     {"accumulates": True},
     {"num_hidden_layers": 8, "rank": 64, "block_size": 16},
+    {"layers_to_transform": (0, 2)},
+    {"layers_to_transform": (0,), "gradient_checkpointing": False},
+    {"layers_to_transform": (3, 4), "gradient_checkpointing": False, "num_hidden_layers": 5},
+    {"layers_to_transform": (1, 2), "rank": 32, "targets": ("q_proj", "down_proj")},
+    {"optimizer": "lion"},
+    {"optimizer": "sgd", "quantize": "nf4", "double_quantization": False},
+    {"optimizer": "adamw_8bit", "rank": 64, "block_size": 256},
+    {"optimizer": "lion_8bit", "rank": 64, "block_size": 256, "gradient_checkpointing": False},
 ]
 
 
@@ -191,8 +203,7 @@ def test_a_whole_step_takes_what_is_planned(given: dict[str, Any], dtype: str, b
     assert planned.gradients + planned.activations + planned.loss - there == pytest.approx(counted.peak, rel=tolerance)
     parameters = optimizer.param_groups[0]["params"]
     assert planned.lora == sum(parameter.nbytes for parameter in parameters)
-    states = [value for state in optimizer.state.values() for name, value in state.items() if name != "step"]
-    assert planned.optimizer == sum(value.nbytes for value in states)
+    assert planned.optimizer == state_bytes(optimizer)
 
 
 OFFLOADED: list[dict[str, Any]] = [
@@ -262,8 +273,7 @@ def stepping(built: tuple[Any, Shape, Workload]) -> tuple[Shape, Workload, Calla
         positions[:, work.block_size // 2 :] -= work.block_size // 2  # two documents, so that there is a mask
     batch = Batch(ids, positions, positions > -1)
     batch.trained_BT[:, 0] = False
-    parameters = list(trained_parameters(model).values())
-    optimizer = torch.optim.AdamW(parameters, fused=True)
+    optimizer = optimizer_of(work.optimizer, trained_parameters(model))
 
     def step() -> None:
         with autocast(work):
@@ -275,8 +285,73 @@ def stepping(built: tuple[Any, Shape, Workload]) -> tuple[Shape, Workload, Calla
     return shape, work, step, optimizer
 
 
+def optimizer_of(kind: str, parameters: dict[str, torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """train's own, but fused as on a GPU: without, torch makes copies."""
+    if kind == "adamw":
+        return torch.optim.AdamW(parameters.values(), fused=True)
+    config = TrainConfig.resolve((None, {"model": "m", "blocks": "b", "optimizer": kind}))
+    return make_optimizer(config, parameters)
+
+
+def state_bytes(optimizer: torch.optim.Optimizer, below_elements: int = 10**9) -> int:
+    """The storages of all states, without counts and tables that all share; what is kept in 8 bits, and its scales, in
+    pieces of 512 bytes as torch allocates them."""
+    total = 0
+    for parameter, state in optimizer.state.items():
+        in_8_bits = any(isinstance(value, torch.Tensor) and value.dtype is torch.uint8 for value in state.values())
+        for name, value in state.items():
+            if name != "step" and not name.startswith("qmap") and parameter.numel() < below_elements:
+                size = value.untyped_storage().nbytes()
+                total += -(-size // 512) * 512 if in_8_bits else size
+    return total
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+@pytest.mark.parametrize("rank", [1, 8, 24, 64, 256])
+@pytest.mark.parametrize("kind", get_args(Optimizer))
+def test_states_take_what_is_planned(kind: str, rank: int) -> None:
+    """Of matrices that are kept in 8 bits and of ones that are too small for it; what pages counts as nothing."""
+    modules = [Module("a", "linear", 500, 64), Module("b", "linear", 63, 1000), Module("c", "linear", 4096, 11000)]
+    parameters = {
+        f"{module.name}.{side}": torch.nn.Parameter(torch.zeros(size))
+        for module in modules
+        for side, size in (("A", (rank, module.in_features)), ("B", (module.out_features, rank)))
+    }
+    optimizer = optimizer_of(kind, parameters)
+    for parameter in parameters.values():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    usual = ("bf16", "none", rank, ("all-linear",), 0.0, 512, 1, False, True)
+    work = Workload(*usual, optimizer=kind)  # type: ignore[arg-type]
+    paged = {"below_elements": 100_000} if kind.startswith("paged") else {}
+    assert optimizer_bytes(modules, work) == state_bytes(optimizer, **paged)
+    assert (optimizer_bytes(modules, work) == 0) is (kind == "sgd")
+
+
+@pytest.mark.parametrize("double_quantization", [True, False])
+@pytest.mark.parametrize("quantize", ["nf4", "fp4"])
+def test_scales_take_what_is_planned(quantize: str, double_quantization: bool) -> None:
+    """Against bitsandbytes' own quantization of one matrix: every tensor of its state."""
+    import bitsandbytes as bnb
+
+    for rows, columns in ((64, 64), (250, 64), (100, 192), (1024, 512)):
+        matrix = torch.randn(rows, columns)
+        codes, state = bnb.functional.quantize_4bit(
+            matrix, quant_type=quantize, compress_statistics=double_quantization, blocksize=64
+        )
+        tensors = [codes, state.absmax, state.code]
+        if double_quantization:
+            tensors += [state.offset, state.state2.absmax, state.state2.code]
+        found = sum(-(-tensor.untyped_storage().nbytes() // 512) * 512 for tensor in tensors)
+        usual = ("bf16", quantize, 16, ("all-linear",), 0.0, 512, 1, False, True)
+        work = Workload(*usual, double_quantization=double_quantization)  # type: ignore[arg-type]
+        assert weight_bytes(Module("m", "linear", rows, columns), work, quantized=True) == found
+
+
 @pytest.mark.parametrize("quantize", ["none", "int8", "nf4", "fp4"])
-@pytest.mark.parametrize("given", [{}, {"model_type": "qwen2", "tie_word_embeddings": True}], ids=str)
+@pytest.mark.parametrize(
+    "given", [{}, {"model_type": "qwen2", "tie_word_embeddings": True}, {"double_quantization": False}], ids=str
+)
 def test_weights_take_what_is_planned(quantize: str, given: dict[str, Any], build: Any) -> None:
     """Against every tensor that the loaded base holds, with each one's bytes rounded up to 512."""
     model, shape, work = build(quantize=quantize, intermediate_size=250, **given)
@@ -287,8 +362,10 @@ def test_weights_take_what_is_planned(quantize: str, given: dict[str, Any], buil
             continue
         for tensor in list(tensors):
             state = getattr(tensor, "quant_state", None)
-            tensors += [] if state is None else [state.absmax, state.code, state.offset, state.state2.absmax]
-            tensors += [] if state is None else [state.state2.code]
+            tensors += [] if state is None else [state.absmax, state.code]
+            tensors += (
+                [state.offset, state.state2.absmax, state.state2.code] if state is not None and state.nested else []
+            )
             tensors += [tensor.SCB] if getattr(tensor, "SCB", None) is not None else []
         for tensor in tensors:
             storage = tensor.untyped_storage()
@@ -358,3 +435,13 @@ def test_data_parallel_and_sharded_devices_hold_what_their_engines_do() -> None:
     layers = 32 * memory.layers[0].weights
     assert shard.weights == layers // 4 + (alone.weights - layers) + 2 * memory.layers[0].weights
     assert shard.lora == alone.lora // 4
+
+
+def test_what_is_learned_of_the_head_is_whole_on_every_sharded_device() -> None:
+    shape = shape_of("llama-7b", config_of("llama-7b"))
+    work = Workload("bf16", "none", 16, ("q_proj", "lm_head"), 0.0, 512, 1, False, True)
+    memory = StepMemory(shape, work)
+    of_head = 4 * 16 * (4096 + 32000)
+    alone, shard = memory.peak(whole(shape)), memory.peak(whole(shape), shards=4)
+    assert shard.lora == (alone.lora - of_head) // 4 + of_head
+    assert shard.optimizer == (alone.optimizer - 2 * of_head) // 4 + 2 * of_head

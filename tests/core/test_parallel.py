@@ -54,7 +54,7 @@ class Place:
         return self.folder / name
 
 
-def run_all(place: Place, tasks: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
+def run_all(place: Place, tasks: Mapping[str, Any], name: str, timeout: int = 280) -> list[dict[str, Any]]:
     """What each of two processes saw of these tasks, in one start."""
     listed, results = place / f"{name}.json", place / f"{name}-results"
     listed.write_text(json.dumps(tasks))
@@ -63,7 +63,7 @@ def run_all(place: Place, tasks: Mapping[str, Any], name: str) -> list[dict[str,
         capture_output=True,
         text=True,
         check=False,
-        timeout=280,
+        timeout=timeout,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     assert ran.returncode == 0, ran.stderr[-4000:]
@@ -258,6 +258,31 @@ def test_two_processes_that_were_stopped_end_with_the_bytes_of_those_that_were_n
     assert losses(place / "stopped") == losses(place / "ddp-fp32")
     steps = len(losses(place / "stopped"))
     assert optimizer_bytes(place / "stopped", steps) == optimizer_bytes(place / "ddp-fp32", steps)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("blocks_of_a_step", [2, 8])
+def test_two_processes_that_were_stopped_after_any_step_end_with_the_same_bytes(
+    parallel: str, blocks_of_a_step: int, place: Place
+) -> None:
+    last, name = 60, f"{parallel}-{blocks_of_a_step}"
+    options = ("--max-steps", last, "--save-steps", 1, "--lora-dropout", 0.2, "--dtype", "fp32", "--parallel", parallel)
+    options += ("--effective-batch-size", blocks_of_a_step, "--keep-checkpoints", last)
+    tasks: dict[str, Any] = {"whole": {"argv": place.command(f"{name}-whole", *options)}}
+    for step in range(1, last):
+        kept = f"checkpoints/step-{step:08d}"
+        copy = [str(place / f"{name}-whole" / kept), str(place / f"{name}-{step}" / kept)]
+        tasks[str(step)] = {"argv": place.command(f"{name}-{step}", *options), "copy": copy}
+    seen = run_all(place, tasks, name, timeout=1500)
+    assert {one[task]["code"] for one in seen for task in tasks} == {0}
+    for step in range(1, last):
+        found, expected = place / f"{name}-{step}", place / f"{name}-whole"
+        assert json.loads((found / "lorakit.json").read_text())["facts"]["resumed_from"] == step
+        assert adapter_bytes(found) == adapter_bytes(expected), step
+        assert optimizer_bytes(found, last) == optimizer_bytes(expected, last), step
+        assert losses(found) == losses(expected)[step:], step
 
 
 # What processes tell each other

@@ -13,8 +13,10 @@ from lorakit.core.errors import EnvironmentUnusable, InputRefused, Mismatch, Out
 from lorakit.core.memory import Part, StepMemory, Workload
 from lorakit.core.placement import (
     Device,
+    Parallel,
     corrected,
     get_device_map,
+    largest_batch,
     make_plan,
     plan_run,
     read_plan,
@@ -338,6 +340,27 @@ def test_a_map_loads_and_trains(tmp_path: Path) -> None:
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
+# The largest micro-step
+
+
+@pytest.mark.parametrize("parallel", ["split", "ddp", "fsdp"])
+@pytest.mark.parametrize("of", [1, 7, 12, 16, 36])
+def test_the_largest_batch_is_the_largest_that_fits_of_all(of: int, parallel: Parallel) -> None:
+    """Against every number of blocks that makes up the step evenly, each planned anew."""
+    found, seen = shape("smollm2-135m"), set()
+    for size in (1.2, 1.5, 2, 3, 5, 9, 40):
+        budgets: dict[Device, int] = dict.fromkeys(range(2), int(size * GIB))
+        fitting = [1]
+        for batch in range(1, of + 1):
+            work = workload(batch_size=batch, accumulates=batch < of)
+            if of % batch == 0 and make_plan(found, budgets, work, parallel).fits:
+                fitting.append(batch)
+        largest = largest_batch(found, workload(batch_size=99, accumulates=False), budgets, parallel, of)
+        assert largest == max(fitting)
+        seen.add(largest)
+    assert len(seen) > (0 if of == 1 else 1)
+
+
 # Plan files
 
 
@@ -385,6 +408,28 @@ def test_a_run_on_a_fuller_machine_is_told_that_the_plans_map_doesnt_fit(tmp_pat
     run = plan_run(found, work, {0: 10 * GIB, 1: 10 * GIB}, path)
     assert not run.fits
     assert plan_run(found, work, {0: 48 * GIB, 1: 6 * GIB}, path).fits
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_plan_for_several_processes_is_followed_by_as_many(parallel: Parallel, tmp_path: Path) -> None:
+    found, work, path = shape("llama-7b"), workload(quantize="nf4"), tmp_path / "plan.json"
+    free: dict[Device, int] = dict.fromkeys(range(3), 24 * GIB)
+    made = make_plan(found, free, work, parallel)
+    path.write_text(json.dumps(made.as_json()))
+    assert plan_run(found, work, free, path, parallel) == made
+    assert plan_run(found, work, free, None, parallel) == made
+    less = plan_run(found, work, dict.fromkeys(range(3), 2 * GIB), path, parallel)
+    assert not less.fits  # for what is free now
+    two: dict[Device, int] = dict.fromkeys(range(2), 24 * GIB)
+    with pytest.raises(Mismatch, match="found a plan for 3 devices, need one for 2 processes"):
+        plan_run(found, work, two, path, parallel)
+    with pytest.raises(Mismatch, match=r"rank: found 16, asked for 8"):
+        plan_run(found, replace(work, rank=8), free, path, parallel)
+    other: Parallel = "fsdp" if parallel == "ddp" else "ddp"
+    for asked in (other, "split"):
+        with pytest.raises(Mismatch, match=f"found a plan for {parallel}, need one for {asked}") as caught:
+            plan_run(found, work, free, path, asked)  # type: ignore[arg-type]
+        assert f"--parallel {parallel} --num-processes 3" in caught.value.hint
 
 
 def test_a_map_that_isnt_this_models_is_refused() -> None:

@@ -138,6 +138,45 @@ def test_all_linear_layers_but_the_head_get_lora() -> None:
 
 
 @pytest.mark.parametrize(
+    ("names", "layers"),
+    [
+        ((r".*\.mlp\.(up|down)_proj",), ()),
+        ((r"model\.layers\.1\..*_proj",), ()),
+        (("all-linear",), (1,)),
+        (("q_proj", "down_proj"), (0,)),
+        ((r".*\.[qk]_proj",), (1,)),
+        (("mlp.up_proj", "lm_head"), ()),
+    ],
+    ids=str,
+)
+def test_planned_targets_are_those_that_get_lora(names: tuple[str, ...], layers: tuple[int, ...]) -> None:
+    """Counted from a config, and made by peft on the model itself."""
+    from peft.tuners.lora import LoraLayer
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from lorakit.core.config import LoraSection
+    from lorakit.core.model import add_lora
+
+    config = {**config_of("smollm2-135m"), "num_hidden_layers": 2, "tie_word_embeddings": False, "vocab_size": 99}
+    planned = {module.name for module in shape_of("two layers", config).targets(names, layers)}
+    fields = {key: value for key, value in config.items() if key not in ("ids", "model_type")}
+    base = AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **fields))
+    model = add_lora(base, LoraSection(target_modules=names, layers_to_transform=layers), 0, "m")
+    prefix = "base_model.model."
+    made = {name.removeprefix(prefix) for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    assert planned == made
+
+
+def test_layers_that_arent_there_get_no_lora() -> None:
+    llama = shape("llama-7b")
+    assert {module.layer for module in llama.targets(["all-linear"], [0, 31])} == {0, 31}
+    with pytest.raises(InputRefused, match="layers_to_transform: found 32, need layers of llama-7b: 0 to 31"):
+        llama.targets(["all-linear"], [0, 32])
+    with pytest.raises(InputRefused, match="found 'lm_head', which matches no linear layer"):
+        llama.targets(["lm_head"], [3])
+
+
+@pytest.mark.parametrize(
     ("change", "words"),
     [
         ({"hidden_size": None, "vocab_size": 0}, "found a config without vocab_size, hidden_size"),

@@ -239,9 +239,9 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     asked: list[Path] = []
     original = tokenization.load_tokenizer
 
-    def watched(folder: Path) -> Any:
+    def watched(folder: Path, *rest: Any) -> Any:
         asked.append(folder)
-        return original(folder)
+        return original(folder, *rest)
 
     monkeypatch.setattr(tokenization, "load_tokenizer", watched)
     return asked
@@ -304,3 +304,31 @@ def test_a_spec_is_json(tmp_path: Path) -> None:
     assert json.loads(json.dumps(dict(spec.variables))) == spec.variables
     assert {"<a>", "<b>"} <= set(spec.end_tokens)
     assert np.uint32(spec.pad_id) == tokenizer.pad_token_id
+
+
+# New tokens
+
+
+def test_new_tokens_are_ids_of_their_own_after_the_old(tmp_path: Path, loads: list[Path]) -> None:
+    tokenizer = make_tokenizer(tmp_path / "t")
+    old = len(tokenizer)
+    spec = load_spec(tmp_path / "t", ("<ask>", "say it"))
+    codec = Codec(spec)
+    assert [codec.id_of(token) for token in ("<ask>", "say it")] == [old, old + 1]
+    assert codec.decode([old, old + 1]) == "<ask>say it"
+    text = Rendered("a<ask>b", ((0, 7),), needs_bos=False, needs_eos=False)
+    [document] = list(codec.encode([text]))
+    assert document.tokens.tolist() == [codec.id_of("a"), old, codec.id_of("b")]
+    assert spec.fingerprint != load_spec(tmp_path / "t").fingerprint
+    assert spec.fingerprint != load_spec(tmp_path / "t", ("say it", "<ask>")).fingerprint
+    assert load_spec(tmp_path / "t", ("<ask>", "say it")) == spec
+    assert len(loads) == 3
+
+
+@pytest.mark.parametrize(
+    ("tokens", "named"), [(("<a>", "x"), "'x'"), (("<a>", "<a>"), "'<a>'"), (("<pad>",), "'<pad>'")]
+)
+def test_a_token_that_is_there_already_is_refused(tokens: tuple[str, ...], named: str, tmp_path: Path) -> None:
+    make_tokenizer(tmp_path / "t")
+    with pytest.raises(InputRefused, match=f"add_tokens: found {named} in the tokenizer already, need new ones"):
+        load_spec(tmp_path / "t", tokens)

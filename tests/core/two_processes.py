@@ -5,6 +5,7 @@ the world that it would have made itself. Each process writes what it saw to RES
 """
 
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -63,6 +64,9 @@ class Watch:
 def run(task: dict[str, Any], world: World) -> dict[str, Any]:
     """`lorakit train` with the options of a task, in the world that is there already."""
     parallel = task["argv"][task["argv"].index("--parallel") + 1]
+    if "copy" in task and world.is_first:
+        shutil.copytree(*task["copy"])
+    world.gather(None)
 
     @contextmanager
     def already_joined(*_: Any) -> Iterator[World]:

@@ -28,7 +28,7 @@ from lorakit.core.artifacts import Artifact
 from lorakit.core.blocks import Blocks
 from lorakit.core.config import TrainConfig
 from lorakit.core.environment import let_gpu_memory_grow, make_cublas_deterministic, worker
-from lorakit.core.errors import Mismatch
+from lorakit.core.errors import InputRefused, Mismatch
 from lorakit.core.events import Report
 from lorakit.core.hub import model_folder, push_folder
 from lorakit.core.model import pick_device
@@ -148,14 +148,20 @@ def _claim(
             may_differ=may_differ,
             hint=OTHER_WORK_HINT,
         )
+        checkpoints = Checkpoints(folder, config, parents, report)
         if done is not None and done.facts["steps"] < schedule_of(config, blocks).steps and may_differ:
+            if checkpoints.newest(may_differ) is None:
+                raise InputRefused(
+                    f"{folder}: found an adapter without its checkpoints, need one to go on from",
+                    "begin a new run with --adapter and this folder: it has the weights, but no optimizer's states",
+                )
             artifacts.reopen(folder, UNFINISHED)
             done = None
         if done is not None:
             return _Place(folder, done=done)
         if artifacts.is_artifact(folder):
             return None
-        return _Place(folder, Checkpoints(folder, config, parents, report).newest(may_differ))
+        return _Place(folder, checkpoints.newest(may_differ))
 
     try:
         if (place := found_in(target, replaceable=overwrite)) is not None:

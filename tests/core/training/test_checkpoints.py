@@ -2,7 +2,6 @@
 
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +9,7 @@ import pytest
 
 from lorakit.core.training import loop
 from lorakit.core.training.checkpoints import Checkpoints
-from tests.conftest import Ran
 from tests.core.training.conftest import Train, adapter_bytes
-
-Cli = Callable[..., Ran]
 
 
 def test_what_a_killed_run_left_goes_with_the_next_one(

@@ -1,11 +1,10 @@
 """Which blocks each step sees."""
 
-from collections.abc import Callable
+from collections import Counter
 
-from lorakit.core.training.schedule import Schedule
-from tests.conftest import Ran
+import pytest
 
-Cli = Callable[..., Ran]
+from lorakit.core.training.schedule import Schedule, seed_of
 
 
 def test_an_epoch_sees_every_block_once_in_an_order_of_its_own() -> None:
@@ -16,3 +15,44 @@ def test_an_epoch_sees_every_block_once_in_an_order_of_its_own() -> None:
     assert len({tuple(epoch) for epoch in epochs}) == 3
     other = Schedule(num_blocks=7, blocks_per_step=3, total_blocks=21, seed=6)
     assert [other.blocks_of_step(step) for step in range(7)] != [schedule.blocks_of_step(step) for step in range(7)]
+
+
+@pytest.mark.parametrize(
+    ("num_blocks", "per_step", "total"), [(7, 3, 21), (7, 3, 10), (5, 8, 13), (10, 4, 33), (3, 3, 3)]
+)
+def test_a_run_takes_its_blocks_however_steps_cut_epochs(num_blocks: int, per_step: int, total: int) -> None:
+    """Each block as often as epochs are whole, and once more for some: counted over all steps."""
+    schedule = Schedule(num_blocks, per_step, total, seed=1)
+    taken = [schedule.blocks_of_step(step) for step in range(schedule.steps)]
+    assert [len(blocks) for blocks in taken[:-1]] == [per_step] * (schedule.steps - 1)
+    assert 0 < len(taken[-1]) <= per_step
+    counts = Counter(block for blocks in taken for block in blocks)
+    assert sum(counts.values()) == total
+    assert set(counts.values()) <= {total // num_blocks, -(-total // num_blocks)}
+    assert schedule.epoch_after(schedule.steps) == total / num_blocks
+    assert schedule.epoch_after(1) == min(per_step, total) / num_blocks
+
+
+def test_a_step_is_a_function_of_its_number() -> None:
+    """Asked in any order, and whatever is to come after it."""
+    schedule, longer = Schedule(11, 4, 40, seed=2), Schedule(11, 4, 400, seed=2)
+    forwards = [schedule.blocks_of_step(step) for step in range(10)]
+    assert [schedule.blocks_of_step(step) for step in reversed(range(10))] == forwards[::-1]
+    assert [longer.blocks_of_step(step) for step in range(10)] == forwards
+
+
+def test_a_step_takes_the_same_blocks_for_every_way_of_sharing_it() -> None:
+    """Two steps of four blocks are the four steps of two."""
+    fours, twos = Schedule(9, 4, 36, seed=3), Schedule(9, 2, 36, seed=3)
+    for step in range(9):
+        assert fours.blocks_of_step(step) == twos.blocks_of_step(2 * step) + twos.blocks_of_step(2 * step + 1)
+
+
+def test_seeds_of_neighbours_have_nothing_in_common() -> None:
+    seeds = [seed_of(seed, step, micro_step) for seed in range(10) for step in range(30) for micro_step in range(10)]
+    assert len(set(seeds)) == len(seeds)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    bits = [bin(seed).count("1") for seed in seeds]
+    assert 30 < sum(bits) / len(bits) < 33  # of 63
+    assert seed_of(1, 23) != seed_of(12, 3)
+    assert seed_of(5, 6, 7) == seed_of(5, 6, 7)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,17 @@ def test_a_finished_run_that_fails_to_go_on_is_still_the_unfinished_one(
     assert train("run", *CONSTANT, "--max-steps", 6, "--extend").code == 130
     monkeypatch.undo()
     assert train("run", *CONSTANT, "--max-steps", 6, "--extend").json["resumed_from"] == 4
+
+
+def test_a_finished_run_without_its_checkpoints_isnt_begun_anew(train: Train, tmp_path: Path) -> None:
+    train("run", *CONSTANT, "--max-steps", 4)
+    before = adapter_bytes(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    ran = train("run", *CONSTANT, "--max-steps", 6, "--extend")
+    assert ran.code == 3
+    assert "found an adapter without its checkpoints" in ran.err
+    assert adapter_bytes(tmp_path / "run") == before
+    assert (tmp_path / "run" / "lorakit.json").exists()
 
 
 def test_a_run_that_stopped_early_goes_on_when_it_is_extended(
