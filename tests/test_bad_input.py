@@ -98,6 +98,32 @@ CASES: Mapping[str, Case] = {
     "packing beside blocks": Case(
         "train --model {base} --blocks {blocks} --block-size 64 --output out", 2, ("--block-size", "lorakit prepare")
     ),
+    "settings that contradict": Case(
+        "train --model {base} --blocks {blocks} --output out --parallel fsdp --quantize int8 --load-best-model-at-end "
+        "--num-machines 2",
+        2,
+        (
+            "--parallel fsdp with --quantize int8, need none, nf4 or fp4",
+            "--load-best-model-at-end without evaluations, need --eval-steps",
+            "one of --num-machines and --rendezvous, need both",
+        ),
+    ),
+    "evaluations of nothing": Case(
+        "train --model {base} --blocks {blocks} --output out --eval-steps 2 --optimizer paged_lion",
+        2,
+        ("found no held-out blocks", "--validation-split", "found paged_lion without a GPU, need lion"),
+    ),
+    "a schedule's arguments that can't be": Case(
+        "train --model {base} --blocks {blocks} --output out --lr-scheduler-type polynomial "
+        "--lr-scheduler-kwargs power=much",
+        2,
+        ("lr_scheduler_kwargs", "power=much", "polynomial"),
+    ),
+    "a pattern that is none": Case(
+        "train --model {base} --blocks {blocks} --output out --target-modules [q_proj",
+        2,
+        ("--target-modules: found '[q_proj', need names separated by commas, or one regular expression",),
+    ),
     # rows
     "missing column": Case(
         "prepare rows.jsonl --tokenizer {base} --output out",
@@ -162,6 +188,18 @@ CASES: Mapping[str, Case] = {
         3,
         ("'w_proj'", "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"),
     ),
+    "a layer that isn't there": Case(
+        "train --model {base} --blocks {blocks} --layers-to-transform 0-7 --output out", 3, ("found 7", "0 to 1")
+    ),
+    "a token that is there": Case(
+        "prepare {good} --tokenizer {base} --add-tokens <pad> --output out", 3, ("'<pad>'", "need new ones")
+    ),
+    "no adapter to begin with": Case(
+        "train --model {base} --blocks {blocks} --adapter {base} --output out", 3, ("adapter_config.json",)
+    ),
+    "an adapter of another base to begin with": Case(
+        "train --model {other} --blocks {blocks} --adapter {adapter} --output out", 5, ("trained on",)
+    ),
     "a whole model with --base": Case("chat {base} --base {base} --prompt Hi", 3, ("--base", "whole model")),
     # adapters and blocks of something else
     "merge onto another base": Case("merge {adapter} --base {other} --output out", 5, ("other", "trained on")),
@@ -175,7 +213,7 @@ CASES: Mapping[str, Case] = {
     "blocks of another template": Case(
         "train --model {base} --blocks {spoken-blocks} --output out " + TRAINING,
         5,
-        ("blocks of another tokenizer or chat template", "lorakit prepare"),
+        ("blocks of another tokenizer, chat template or added tokens", "lorakit prepare"),
     ),
     # outputs that are taken
     "other settings for a run": Case(
@@ -220,8 +258,8 @@ CASES: Mapping[str, Case] = {
     "a model inside its base": Case("merge {adapter} --base {base} --output {base}/merged", 2, ("--output", "inside")),
     "a model inside its adapter": Case("merge {adapter} --output {adapter}/merged", 2, ("--output", "inside")),
     "numbers that run away": Case(
-        "train --model {base} --blocks {blocks} --output out --learning-rate 1e30 --max-steps 4 --rank 4 "
-        "--no-gradient-checkpointing",
+        "train --model {base} --blocks {blocks} --output out --learning-rate 1000 --weight-decay 1000 --max-steps 12 "
+        "--warmup-ratio 0 --rank 4 --no-gradient-checkpointing",
         8,
         ("step", "need numbers", "--learning-rate"),
     ),

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from lorakit.core import artifacts, disk
-from lorakit.core.adapters import WEIGHTS
+from lorakit.core.adapters import WEIGHTS, open_adapter
 from lorakit.core.artifacts import Artifact
 from lorakit.core.blocks import Blocks
 from lorakit.core.config import TrainConfig
@@ -190,7 +190,8 @@ def _parents(config: TrainConfig, world: World) -> dict[str, str]:
             if world.is_first is turn:
                 found["base"] = open_weights(model_folder(config.model.model)).fingerprint
                 if config.lora_kind.adapter is not None:
-                    found["adapter"] = disk.sha256(model_folder(config.lora_kind.adapter) / WEIGHTS)
+                    adapter = open_adapter(model_folder(config.lora_kind.adapter), lambda _: None)
+                    found["adapter"] = disk.sha256(adapter.folder / WEIGHTS)
     return found
 
 

@@ -35,6 +35,7 @@ from lorakit.core.errors import (
 from lorakit.core.evaluation import loss_sum, mean_loss
 from lorakit.core.events import Notice, Progress, Report
 from lorakit.core.generation import answer
+from lorakit.core.hub import model_folder
 from lorakit.core.memory import CONTEXT_BYTES, Workload, attention_kind
 from lorakit.core.model import (
     Opened,
@@ -233,7 +234,7 @@ class Run:
         new_tokens = self.tokenizer.convert_tokens_to_ids(list(config.tokens.add_tokens))
         grow(base, max((token + 1 for token in new_tokens), default=0))
         if config.lora_kind.adapter is not None:
-            adapter = adapters.open_adapter(Path(config.lora_kind.adapter), self.report)
+            adapter = adapters.open_adapter(model_folder(config.lora_kind.adapter), self.report)
             _refuse_other_lora(adapter, config)
             adapters.match(adapter, weights)
             grow(base, adapter.vocabulary or 0)

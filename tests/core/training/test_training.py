@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from lorakit.core import hub, training
 from lorakit.core.blocks import Blocks
 from lorakit.core.training import loop
 from tests.conftest import make_llama
@@ -173,6 +174,16 @@ def test_a_run_begins_with_an_adapter(train: Train, tmp_path: Path, tiny_llama: 
     ran = train("second", "--max-steps", 3, "--eval-steps", 3, "--adapter", tmp_path / "third", data=held_out)
     assert ran.code == 5
     assert "adapter: found " in ran.err
+
+
+def test_an_adapter_may_come_from_the_hub(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train("first", "--max-steps", 1)
+    original = hub.model_folder
+    folders = {"owner/adapter": tmp_path / "first"}
+    for module in (training, loop):
+        monkeypatch.setattr(module, "model_folder", lambda name: folders.get(name) or original(name))
+    ran = train("second", "--max-steps", 1, "--adapter", "owner/adapter")
+    assert ran.code == 0, ran.err
 
 
 @pytest.mark.parametrize(
