@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lorakit.core.config import LoraSection
-from lorakit.core.model import DTYPES, add_lora, autocast, load_base, lora_parameters, make_ready
+from lorakit.core.model import DTYPES, add_lora, autocast, load_base, make_ready, trained_parameters
 from lorakit.core.offloading import lora_to_devices, offloaded
 from lorakit.core.weights import open_weights
 from tests.conftest import make_llama
@@ -37,7 +37,7 @@ def model(folder: Path) -> Callable[..., Any]:
         places = dict.fromkeys(modules, "cpu"), dict.fromkeys(layers[:count], "cpu")
         base = load_base(open_weights(folder), DTYPES[dtype], CPU, quantize, *places)
         found = add_lora(base, LoraSection(rank=4, lora_dropout=dropout), 0, "three")
-        for number, (name, parameter) in enumerate(lora_parameters(found).items()):
+        for number, (name, parameter) in enumerate(trained_parameters(found).items()):
             if ".lora_B." in name:
                 parameter.data.normal_(0, 0.02, generator=torch.Generator().manual_seed(number))
         make_ready(found, DTYPES[dtype], checkpointing=True)
@@ -66,7 +66,7 @@ def test_losses_and_gradients_are_exactly_those_of_the_plain_model(
     assert len(offloaded(other)) == 9 * count
     for _ in range(2):  # the second one adds to the first one's gradients
         assert step(other, dtype) == step(plain, dtype)
-    expected, found = lora_parameters(plain), lora_parameters(other)
+    expected, found = trained_parameters(plain), trained_parameters(other)
     assert list(found) == list(expected)
     assert len(found) == 2 * 7 * LAYERS
     for name, parameter in found.items():
@@ -127,7 +127,7 @@ def test_lora_belongs_where_its_layer_is_computed(model: Callable[..., Any], mon
     monkeypatch.setattr("lorakit.core.model.lora_to_devices", placed.append)
     made = model(2)
     assert placed == [made]
-    names = {parameter.data_ptr(): name for name, parameter in lora_parameters(made).items()}
+    names = {parameter.data_ptr(): name for name, parameter in trained_parameters(made).items()}
     moved: list[str] = []
 
     def to(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
