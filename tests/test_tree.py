@@ -19,16 +19,19 @@ PACKAGE = ROOT / "lorakit"
 FLOORS = (
     ("errors", "events"),
     ("config", "disk"),
-    ("artifacts",),
+    ("artifacts", "doctor.finding"),
     ("templates", "weights", "hub", "environment", "elastic", "reporting"),
-    ("records", "profiling", "shapes", "parallel", "tracking", "accelerate_config"),
+    (
+        *("records", "profiling", "shapes", "parallel", "tracking", "accelerate_config"),
+        *("doctor.packages", "doctor.devices", "doctor.limits", "doctor.storage", "doctor.network", "doctor.report"),
+    ),
     ("readers", "tokenization", "attention.implementations", "memory"),
     ("sources", "packing", "blocks", "adapters", "offloading", "attention.cases", "attention.miniature", "placement"),
     ("preparing", "model", "attention.trials"),
     ("attention.proving",),
     ("attention",),
-    ("evaluation", "generation"),
-    ("training", "merging", "starter", "probing", "launching"),
+    ("evaluation", "generation", "doctor.kernels"),
+    ("training", "merging", "starter", "probing", "launching", "doctor"),
     ("planning",),
 )
 """The rooms of the core from the ground up; rooms on one floor don't import each other."""
@@ -51,6 +54,8 @@ WITHOUT_TORCH = (
         "tracking",
         "accelerate_config",
         "launching",
+        "doctor",
+        *("doctor.finding", "doctor.packages", "doctor.devices", "doctor.limits", "doctor.storage", "doctor.network"),
     ),
 )
 
@@ -117,7 +122,7 @@ def test_rooms_for_checks_import_no_torch(room: str) -> None:
     assert not [name for name in at_import if name.split(".")[0] in ("torch", "transformers", "peft", "accelerate")]
 
 
-COMMANDS = ("prepare", "patch-attention", "plan-devices", "train", "merge", "chat", "evaluate", "demo")
+COMMANDS = ("prepare", "patch-attention", "plan-devices", "train", "merge", "chat", "evaluate", "doctor", "demo")
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], *([command, "--help"] for command in COMMANDS)])

@@ -15,7 +15,10 @@ def run(config: "MergeConfig", console: Console) -> None:
 
     Example: lorakit merge runs/mine --output merged
     """
-    from lorakit.core.merging import merge
+    from lorakit.core import doctor
+
+    doctor.require_ready("merge", console.report)
+    from lorakit.core.merging import merge  # what it imports may be what isn't there
 
     started = time.monotonic()
     target = config.output.output or Path("runs").absolute() / f"{Path(config.adapter.adapter).name}-merged"
