@@ -237,7 +237,7 @@ def bitsandbytes(need: Need) -> Finding:
     if native and (not on_gpu or lib.compiled_with_cuda):
         return ok(f"{bnb.__version__} loaded {looked_for.name}")
     why = "--quantize and 8-bit optimizers are computed by it"
-    said = getattr(lib, "error_msg", "") or "it isn't the one for CUDA"
+    said = "it isn't the one for CUDA" if native else str(lib.error_msg)
     path = variables("LD_LIBRARY_PATH", "BNB_CUDA_VERSION")
     around = ", ".join(f"{name}={value}" for name, value in path.items()) or "no LD_LIBRARY_PATH"
     found = f"found that {looked_for.name} doesn't load ({_why_not_loaded(said, looked_for)}); {around}"

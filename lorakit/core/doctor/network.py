@@ -19,20 +19,20 @@ def hub(need: Need) -> Finding:
         from huggingface_hub import constants, errors
     except ImportError:
         return skip("huggingface_hub isn't installed; see packages")
-    offline = {
-        name: value for name, value in variables(*_OFFLINE).items() if value.lower() in ("1", "true", "yes", "on")
-    }
+    offline = {name: value for name, value in variables(*_OFFLINE).items() if value.lower() in _ON}
     if offline:
         listed = " and ".join(f"{name}={value}" for name, value in offline.items())
-        return skip(
-            f"{listed}: the Hub isn't asked, and only what is in its cache is found", f"unset {' '.join(offline)}"
-        )
+        return skip(f"{listed}: the Hub isn't asked, only its cache", f"unset {' '.join(offline)}")
     token = huggingface_hub.get_token()
     host = re.sub(r"^https?://|/.*$", "", constants.ENDPOINT)
     where = f"{host} (HF_ENDPOINT)" if variables("HF_ENDPOINT") else host
     try:
         session = huggingface_hub.get_session()
         answer = session.head(constants.ENDPOINT, timeout=_SECONDS)
+        if answer.status_code >= 500:
+            return skip(
+                f"{where} is out of order ({answer.status_code})", "try again later; HF_ENDPOINT names a mirror"
+            )
         if token is None:
             return ok(f"{where} answers ({answer.status_code}); no token, so public models and datasets only")
         huggingface_hub.HfApi().whoami(token=token)
@@ -62,10 +62,10 @@ def _unreachable(where: str, error: Exception) -> Finding:
             "a company's proxy that reads along has its own certificate",
             "export SSL_CERT_FILE=/path/to/your/company's/certificates.pem",
         )
-    if (proxies := variables(*_PROXIES)) and "proxy" in f"{type(error).__name__} {reason}".lower():
+    if proxies := variables(*_PROXIES):
         named = ", ".join(proxies)
         return warn(
-            f"found no answer of {where} through the proxy of {named} ({reason})",
+            f"found no answer of {where} through the proxy of {named} ({reason}), need one",
             "models and datasets can't be downloaded",
             f"correct {named}, or unset it",
         )

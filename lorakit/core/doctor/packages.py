@@ -67,7 +67,8 @@ def python(need: Need) -> Finding:
 def _interpreter_of(script: Path) -> str | None:
     """The folder of the interpreter in a script's first line; None where it names none of its own."""
     try:
-        first = script.open("rb").readline(4096).decode(errors="replace")
+        with script.open("rb") as file:
+            first = file.readline(4096).decode(errors="replace")
     except OSError:
         return None
     found = re.match(r"#!\s*(/\S*)/python[\d.]*\s*$", first)
