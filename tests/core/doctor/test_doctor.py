@@ -35,6 +35,13 @@ def test_every_check_can_be_named() -> None:
     assert all(before in CHECKS for check in CHECKS.values() for before in check.after)
 
 
+def test_readme_names_every_check() -> None:
+    readme = (Path(doctor.__file__).parents[3] / "README.md").read_text(encoding="utf-8")
+    page = readme.partition("### What does this machine lack?")[2].partition("\n### ")[0]
+    assert f"{len(CHECKS)} checks" in page
+    assert all(f"`{name}`" in page for name in CHECKS)
+
+
 def test_every_check_is_a_function_with_words_about_itself() -> None:
     import importlib
 
