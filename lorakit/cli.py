@@ -3,7 +3,6 @@
 Only the command that is run gets its options built: `lorakit --help` needs none, and pydantic takes its time.
 """
 
-import logging
 import os
 import signal
 import sys
@@ -18,10 +17,12 @@ import typer
 from typer.exceptions import TyperException
 
 from lorakit import __version__
-from lorakit.commands import chat, demo, evaluate, merge, patch_attention, plan_devices, prepare, train
+from lorakit.commands import chat, demo, doctor, evaluate, merge, patch_attention, plan_devices, prepare, train
 from lorakit.console import Console
 from lorakit.core import environment
 from lorakit.core.errors import (
+    WINDOWS,
+    EnvironmentUnusable,
     ExitCode,
     LorakitError,
     OutOfMemory,
@@ -40,6 +41,7 @@ COMMANDS: Mapping[str, Callable[..., None]] = {
     "merge": merge.run,
     "chat": chat.run,
     "evaluate": evaluate.run,
+    "doctor": doctor.run,
     "demo": demo.run,
 }
 
@@ -82,7 +84,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             signal.signal(number, signal.SIG_IGN)
         return code
     signal.signal(signal.SIGTERM, _terminate)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on some CPUs its import advises to install kernels
+    environment.no_kernels_from_the_hub()
+    if sys.platform == "win32":  # before what Windows lacks is imported
+        return _fail(EnvironmentUnusable(*WINDOWS))
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGINT))  # held until now by the launcher
         app: Any = typer.main.get_command(build_app(arguments))

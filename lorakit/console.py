@@ -90,6 +90,20 @@ class Console:
             line.rstrip()
             self._print(self._out, line)
 
+    def findings(self, findings: Mapping[str, Any]) -> None:
+        """Checks on stdout, a line each: status, name, what was found; below it why that matters and what to do."""
+        if self.json:
+            return
+        colours = {"ok": "green", "warn": "yellow", "fail": "bold red", "skip": "dim"}
+        names = max(map(len, findings), default=0)
+        for name, found in findings.items():
+            line = Text(f"{found.status:<4}  ", style=colours[found.status])
+            line.append(f"{name:<{names}}  ", style="bold").append(found.detail, style="default")
+            self._print(self._out, line)
+            for label, text in (("why", found.why), ("fix", found.fix)):
+                if text and found.status in ("warn", "fail"):
+                    self._print(self._out, Text(f"      {label}: ", style="cyan").append(text, style="default"))
+
     def preview(self, place: str, runs: Sequence[Any], *, ids: bool) -> None:
         """A row as it is trained: what is trained stands in brackets, in colour."""
         line = Text(f"{place}\n", style="bold")

@@ -16,6 +16,7 @@ from lorakit.core.artifacts import SETTINGS
 from lorakit.core.config import (
     ChatConfig,
     DemoConfig,
+    DoctorConfig,
     EvaluateConfig,
     MergeConfig,
     PackingSection,
@@ -41,6 +42,7 @@ CONFIGS: Mapping[str, type[StepConfig]] = {
     "merge": MergeConfig,
     "chat": ChatConfig,
     "evaluate": EvaluateConfig,
+    "doctor": DoctorConfig,
     "demo": DemoConfig,
 }
 
@@ -86,7 +88,7 @@ def _parameters(setting: Setting) -> list[inspect.Parameter]:
     if kind is bool:
         return [_flag(setting.name, setting.label, setting.help, setting.title)]
     names = [option_name(setting.name)] + ([extra["short"]] if extra["short"] else [])
-    completions = list(get_args(kind)) if get_origin(kind) is Literal else None
+    completions = _choices(kind)
     option = typer.Option(
         *names,
         help=setting.help,
@@ -96,6 +98,13 @@ def _parameters(setting: Setting) -> list[inspect.Parameter]:
         autocompletion=(lambda: completions) if completions else None,
     )
     return [_keyword(setting.name, list[str] | None if extra["repeated"] else str | None, None, option)]
+
+
+def _choices(kind: Any) -> list[str] | None:
+    """What a setting may be, of one that names a few; each of them where it is a list of such."""
+    if get_origin(kind) is tuple:
+        kind = get_args(kind)[0]
+    return list(get_args(kind)) if get_origin(kind) is Literal else None
 
 
 def _metavar(kind: Any, choices: list[str] | None) -> str:

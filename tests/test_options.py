@@ -13,6 +13,7 @@ from lorakit.console import Console
 from lorakit.core.config import (
     ChatConfig,
     DemoConfig,
+    DoctorConfig,
     EvaluateConfig,
     MergeConfig,
     PatchAttentionConfig,
@@ -250,6 +251,11 @@ TYPED: list[tuple[type[StepConfig], str, dict[str, Any]]] = [
         EvaluateConfig,
         "m --base b --dtype fp16 --blocks /b --blocks /c --batch-size 3",
         {"model": "m", "base": "b", "dtype": "fp16", "blocks": ["/b", "/c"], "batch_size": 3},
+    ),
+    (
+        DoctorConfig,
+        "--only int8 --only gpus --for train --report",
+        {"only": ["int8", "gpus"], "for_": "train", "report": True},
     ),
     (DemoConfig, "--model m --output /o --epochs 2", {"model": "m", "output": "/o", "epochs": 2.0}),
 ]

@@ -19,17 +19,23 @@ PACKAGE = ROOT / "lorakit"
 FLOORS = (
     ("errors", "events"),
     ("config", "disk", "floats"),
-    ("artifacts",),
+    ("artifacts", "doctor.finding"),
     ("templates", "weights", "hub", "environment", "elastic", "reporting"),
-    ("records", "profiling", "shapes", "parallel", "tracking", "accelerate_config"),
+    (
+        *("records", "profiling", "shapes", "parallel", "tracking", "accelerate_config"),
+        *("doctor.packages", "doctor.devices", "doctor.limits", "doctor.storage", "doctor.network", "doctor.report"),
+    ),
     ("readers", "tokenization", "attention.implementations", "memory"),
     ("sources", "packing", "blocks", "adapters", "offloading", "attention.cases", "attention.miniature", "placement"),
     ("preparing", "model", "attention.trials", "merging.plan"),
     ("attention.proving", "merging.quantizing", "merging.card"),
     ("attention", "merging.apply", "merging.verifying"),
-    ("evaluation", "generation", "training.schedule", "training.optimizers", "training.checkpoints"),
+    (
+        *("evaluation", "generation", "doctor.kernels"),
+        *("training.schedule", "training.optimizers", "training.checkpoints"),
+    ),
     ("training.loop", "merging.comparing"),
-    ("training", "merging", "starter", "probing", "launching"),
+    ("training", "merging", "starter", "probing", "launching", "doctor"),
     ("planning",),
 )
 """The rooms of the core from the ground up; rooms on one floor don't import each other."""
@@ -53,6 +59,8 @@ WITHOUT_TORCH = (
         "accelerate_config",
         "launching",
         "floats",
+        "doctor",
+        *("doctor.finding", "doctor.packages", "doctor.devices", "doctor.limits", "doctor.storage", "doctor.network"),
     ),
     *("merging", "merging.plan", "merging.quantizing", "merging.card", "merging.apply", "merging.verifying"),
 )
@@ -120,7 +128,7 @@ def test_rooms_for_checks_import_no_torch(room: str) -> None:
     assert not [name for name in at_import if name.split(".")[0] in ("torch", "transformers", "peft", "accelerate")]
 
 
-COMMANDS = ("prepare", "patch-attention", "plan-devices", "train", "merge", "chat", "evaluate", "demo")
+COMMANDS = ("prepare", "patch-attention", "plan-devices", "train", "merge", "chat", "evaluate", "doctor", "demo")
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], *([command, "--help"] for command in COMMANDS)])

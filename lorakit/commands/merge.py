@@ -15,10 +15,12 @@ def run(config: "MergeConfig", console: Console) -> None:
 
     Example: lorakit merge runs/mine --output merged
     """
+    from lorakit.core import doctor
     from lorakit.core.environment import one_thread_for_products
 
+    doctor.require_ready("merge", console.report)
     one_thread_for_products()
-    from lorakit.core.merging import merge
+    from lorakit.core.merging import merge  # what it imports may be what isn't there
 
     started = time.monotonic()
     names = "+".join(Path(name).name for name, _ in config.adapter.weighted)

@@ -15,9 +15,11 @@ def run(config: "PlanDevicesConfig", console: Console) -> None:
 
     Example: lorakit plan-devices llama-65b --gpus 8x24GiB --quantize int8 --block-size 600 --batch-size 2
     """
-    from lorakit.core.planning import next_command, plan_devices
+    from lorakit.core import doctor, planning
 
-    planned = plan_devices(config, console.report)
+    if not (config.devices.gpus or config.devices.cpu) or config.plan.probe:  # it is this machine that is asked for
+        doctor.require_ready("plan-devices", console.report)
+    planned = planning.plan_devices(config, console.report)
     plan, work = planned.plan, planned.plan.work
     settings = f"{work.quantize}/{work.dtype} base, rank {work.rank}, {work.batch_size} × {work.block_size:,} tokens"
     console.say(f"{plan.shape.name}: {plan.shape.parameters / 1e9:.2f} B parameters, {settings}, {plan.parallel}")
@@ -27,21 +29,19 @@ def run(config: "PlanDevicesConfig", console: Console) -> None:
         header = ("strategy", "base", "fits", "fullest device", "", "on H200s")
         console.table("compared:", header, [_row(other) for other in planned.compared])
     if planned.probed:
-        console.say(
-            f"Probed: the step on one layer took {planned.probed.factor:.1%} of what is counted; corrected by that."
-        )
-    fullest = max(plan.loads, key=lambda load: load.share)
-    count, layers = len(plan.computed_on), plan.shape.num_layers
-    offloaded = f"{count} of {layers} layers lie in CPU memory. " if count else ""
+        took = f"{planned.probed.factor:.1%} of what is counted"
+        console.say(f"Probed: the step on one layer took {took}; corrected by that.")
+    fullest, count = max(plan.loads, key=lambda load: load.share), len(plan.computed_on)
+    offloaded = f"{count} of {plan.shape.num_layers} layers lie in CPU memory. " if count else ""
     console.say(f"{offloaded}{'It fits' if plan.fits else 'It does not fit'}: {fullest.name} needs {_gib(fullest)}.")
     for change in planned.suggestions:
         console.say(f"With {change.option} it would: {change.change}, {change.plan.peak_bytes / 2**30:.1f} GiB.")
     console.result(planned.as_json())
     if not plan.fits:
-        changes = [f"add {change.option}" for change in planned.suggestions]
-        hint = changes[0] if changes else "no single change is enough: combine some"
+        changes = (f"add {change.option}" for change in planned.suggestions)
+        hint = next(changes, "no single change is enough: combine some")
         raise OutOfMemory(f"{plan.shape.name}: found a need of {_gib(fullest)} on {fullest.name}, need more", hint)
-    console.hint(next_command(config, plan))
+    console.hint(planning.next_command(config, plan))
 
 
 def _gib(load: "Load") -> str:

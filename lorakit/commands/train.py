@@ -16,13 +16,17 @@ def run(config: "TrainConfig", console: Console) -> None:
 
     Example: lorakit train --model ./model --blocks blocks --output runs/mine
     """
-    from lorakit.core import accelerate_config, environment, launching
-    from lorakit.core.preparing import with_blocks
+    from lorakit.core import doctor, environment
 
     worker = environment.worker()
     if worker is not None:
         environment.stop_with_parent()
         console = console.of_rank(worker.rank)
+    if worker is None or worker.local_rank == 0:  # once a machine
+        doctor.require_ready("train", console.report)
+    from lorakit.core import accelerate_config, launching  # what they import may be what isn't there
+    from lorakit.core.preparing import with_blocks
+
     config = launching.in_world(accelerate_config.translated(config, console.report), worker)
     config = with_blocks(config, console.report)
     if worker is None and launching.starts_workers(config):

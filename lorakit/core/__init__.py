@@ -12,23 +12,24 @@ base           the pretrained model; it is never changed
 adapter        the LoRA matrices that training makes, in PEFT's format
 merged model   base + adapter as one ordinary model
 artifact       a folder with a manifest (`lorakit.json`): whole, or not there
+check          one question about this machine: ok, warn, fail or skip, with what was found and what to do
 worker, rank   a process of a parallel run, and its number among all of them
 run folder     what `train` writes: checkpoints and metrics while it runs, the adapter at its end
 
 Imports go down only:
 
     planning
-      training, merging, starter, probing, launching
+      training, merging, starter, probing, launching, doctor
         training.loop, merging.comparing
-          evaluation, generation, training.schedule, training.optimizers, training.checkpoints
+          evaluation, generation, training.schedule, training.optimizers, training.checkpoints, doctor.kernels
             attention, merging.apply, merging.verifying
               attention.proving, merging.quantizing, merging.card
                 preparing, model, attention.trials, merging.plan
                   sources, packing, blocks, adapters, offloading, placement, attention.cases, attention.miniature
                     readers, tokenization, attention.implementations, memory
-                      records, profiling, shapes, tracking, accelerate_config, parallel
+                      records, profiling, shapes, tracking, accelerate_config, parallel, doctor's other rooms
                         templates, weights, hub, environment, elastic, reporting
-                          artifacts
+                          artifacts, doctor.finding
                             config, disk, floats
                               errors, events
 """

@@ -47,6 +47,30 @@ Scheduler = Literal[
 ]
 """transformers' own names (its SchedulerType), without `greedy`, which takes a gradient-free search."""
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
+CheckName = Literal[
+    "python",
+    "packages",
+    "conflicts",
+    "transformers",
+    "driver",
+    "torch",
+    "gpus",
+    "machine",
+    "limits",
+    "variables",
+    "disk",
+    "filesystem",
+    "hub",
+    "cuda",
+    "bitsandbytes",
+    "int8",
+    "nf4",
+    "optimizer",
+    "attention",
+    "compile",
+    "gloo",
+    "nccl",
+]
 _QUANTIZE = "Keep the base's linear layers in 8 bits (LLM.int8) or 4 (QLoRA's NF4, or FP4, with double quantization)."
 TEMPLATES = ("auto", "chat", "none", "alpaca", "vicuna", "llama2", "chatml")
 _DOUBLE_QUANTIZATION = "Quantize the scales of a 4-bit base too: 0.37 bits less for each of its numbers."
@@ -751,6 +775,25 @@ class EvaluationDataSection(Section):
     batch_size: int = setting(1, "Blocks computed at once.", ge=1)
 
 
+class DoctorSection(Section):
+    title = "Checks"
+    only: tuple[CheckName, ...] = setting(
+        (),
+        f"Run this check alone; may be repeated: {', '.join(get_args(CheckName))}.",
+        repeated=True,
+        metavar="NAME",
+        need=f"one of {', '.join(get_args(CheckName))}",
+    )
+    for_: str | None = setting(
+        None,
+        "Check what a job needs: train, merge, a plan (its memory), or an adapter (room for its merged model).",
+        metavar="train|merge|PLAN|ADAPTER",
+    )
+    report: bool = setting(
+        False, "Print one text to paste into an issue, without home folders, host names and secrets."
+    )
+
+
 class DemoSection(Section):
     title = "Demo"
     model: ModelName | None = setting(
@@ -886,8 +929,8 @@ def _number(bound: float) -> str:
 
 
 def option_name(name: str) -> str:
-    """The option of a setting: `block_size` is `--block-size`."""
-    return "--" + name.replace("_", "-")
+    """The option of a setting: `block_size` is `--block-size`, `for_`, by a word that Python keeps, `--for`."""
+    return "--" + name.removesuffix("_").replace("_", "-")
 
 
 def differences(found: Mapping[str, object], wanted: Mapping[str, object]) -> list[str]:
@@ -1086,3 +1129,7 @@ class PlanDevicesConfig(StepConfig):
 
 class DemoConfig(StepConfig):
     demo: DemoSection
+
+
+class DoctorConfig(StepConfig):
+    doctor: DoctorSection

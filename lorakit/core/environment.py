@@ -4,6 +4,7 @@ import base64
 import ctypes
 import hashlib
 import importlib.metadata
+import logging
 import os
 import re
 import signal
@@ -11,6 +12,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from lorakit.core.errors import EnvironmentUnusable
 
@@ -81,6 +83,31 @@ def stop_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG, prctl(2)
 
 
+def no_kernels_from_the_hub() -> None:
+    """Keep bitsandbytes and transformers from downloading compiled kernels, as they do where the package `kernels` is
+    installed, and bitsandbytes from advising to install it. At the start of every process of lorakit's, before either
+    is imported: peft and accelerate import bitsandbytes too."""
+    sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]  # as if it weren't installed
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def variables(*names: str) -> dict[str, str]:
+    """Those of these environment variables that are set."""
+    return {name: value for name in names if (value := os.environ.get(name))}
+
+
+def secrets() -> list[str]:
+    """The values of environment variables that are secrets by their names."""
+    secret = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|(^|_)API_?KEY|(^|_)KEY$", re.IGNORECASE)
+    return [value for name, value in os.environ.items() if secret.search(name) and len(value) >= 8]
+
+
+def gpus_are_hidden() -> bool:
+    """Whether CUDA_VISIBLE_DEVICES shows no GPU at all."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible is not None and re.match(r"\s*(\d|GPU-|MIG-)", visible) is None
+
+
 def quiet_profiler() -> None:
     """Keep torch's profiler from printing a line of its own at every start and stop."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
@@ -147,21 +174,77 @@ def free_gpu_bytes() -> list[int]:
         found = [int(line) * 2**20 for line in answer.split()]
     except (OSError, subprocess.SubprocessError, ValueError):
         return []
+    return [found[number] for number in visible_gpus(len(found))]
+
+
+def visible_gpus(count: int) -> list[int]:
+    """Which of the driver's GPUs CUDA_VISIBLE_DEVICES shows, in its order; all where it names them otherwise."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None or re.match(r"\s*(GPU|MIG)-", visible):
-        return found
+        return list(range(count))
     shown = []
     for part in visible.split(","):  # as CUDA reads it: up to the first that is none
-        if not part.strip().isdigit() or int(part) >= len(found):
+        if not part.strip().isdigit() or int(part) >= count:
             break
-        shown.append(found[int(part)])
+        shown.append(int(part))
     return shown
 
 
 def free_ram_bytes() -> int:
-    """The memory that a new process may take without swapping; where only the whole is known, that."""
+    """The memory that a new process may take without swapping: of the machine, or of a container with a limit; where
+    only the whole is known, that."""
+    limit = memory_limit()
+    room = limit.bytes - limit.used_bytes if limit is not None else sys.maxsize
     try:
         lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
-        return int(lines["MemAvailable"].split()[0]) * 1024
+        return min(int(lines["MemAvailable"].split()[0]) * 1024, room)
     except (OSError, KeyError, ValueError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return min(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), room)
+
+
+class MemoryLimit(NamedTuple):
+    """What a control group may take, and what it takes of it without what the kernel gives back."""
+
+    bytes: int
+    used_bytes: int
+
+
+_CGROUP = Path("/sys/fs/cgroup")
+_VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+_UNLIMITED_BYTES = 2**60  # version 1 says almost 2**63 where there is none
+
+
+def memory_limit() -> MemoryLimit | None:
+    """The memory limit of the container or service that this process runs in (Linux control groups, version 2, else 1);
+    None where there is none. Of nested ones, the tightest."""
+    found = []
+    try:
+        groups = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()]
+    except OSError:
+        groups = []
+    paths = {name: path for _, names, path in groups for name in names.split(",")}
+    # inside of a container the own group is mounted as the root, and the path may name one outside
+    for root, path, names in (
+        (_CGROUP, paths.get("", "/"), ("memory.max", "memory.current", "inactive_file")),
+        (
+            _CGROUP / "memory",
+            paths.get("memory", "/"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ),
+    ):
+        own = root / path.lstrip("/")
+        for group in (own, *own.parents):
+            if group.is_relative_to(root) and (limit := _limit_of(group, *names)) is not None:
+                found.append(limit)
+    return min(found, key=lambda limit: limit.bytes - limit.used_bytes, default=None)
+
+
+def _limit_of(group: Path, most: str, used: str, given_back: str) -> MemoryLimit | None:
+    try:
+        limit_bytes = int((group / most).read_text(encoding="ascii"))
+        used_bytes = int((group / used).read_text(encoding="ascii"))
+        stat = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
+        used_bytes -= int(stat.get(given_back, 0))
+    except (OSError, ValueError):  # "max" where there is no limit
+        return None
+    return MemoryLimit(limit_bytes, max(used_bytes, 0)) if limit_bytes < _UNLIMITED_BYTES else None

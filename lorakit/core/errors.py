@@ -99,6 +99,14 @@ class EnvironmentUnusable(LorakitError):
     exit_code = ExitCode.ENVIRONMENT
 
 
+WINDOWS = (
+    "found Windows itself, need Linux, macOS or WSL",
+    "run `wsl --install` in PowerShell, restart, and install lorakit in that Ubuntu: the NVIDIA driver of Windows "
+    "serves it too, and today's bitsandbytes needs no patched DLL there",
+)
+"""Message and hint for the platform that has no calls to lock and rename files as lorakit does."""
+
+
 class HubFailed(LorakitError):
     exit_code = ExitCode.HUB
 

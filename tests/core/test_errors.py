@@ -1,14 +1,17 @@
 """Every failure has its exit code, and an operating-system failure names the path and what to do about it."""
 
+import ast
 import errno
 import os
 import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from lorakit.core import errors
 from lorakit.core.errors import ExitCode, LorakitError, Stopped, disk_failed
+from tests.conftest import Ran
 
 KINDS = [
     kind
@@ -88,3 +91,93 @@ def test_a_failure_without_a_file_name_names_the_path_that_was_worked_on() -> No
         "/elsewhere: found 'broken'"
     )
     assert "unexplained" in disk_failed(OSError("unexplained"), Path("/elsewhere")).message
+
+
+# As the user sees them
+
+_KINDS = {kind.exit_code: kind for kind in KINDS}
+
+
+def failures() -> Iterator[tuple[ExitCode, BaseException, str, str]]:
+    """For each exit code but 0: what a command fails with, and the message and hint that the user has to see."""
+    for code in ExitCode:
+        if code in _KINDS:
+            yield code, _KINDS[code]("[x]: found a, need b", "do [c]"), "[x]: found a, need b", "do [c]"
+    yield ExitCode.INTERRUPTED, Stopped("found Ctrl-C, need time", "again", interrupted=True), "found Ctrl-C", "again"
+    yield ExitCode.BUG, RuntimeError("odd"), "found a bug in lorakit: RuntimeError: odd", "report it with "
+    full = OSError(errno.ENOSPC, "No space left on device", "/there/file")
+    yield ExitCode.DISK, full, "/there/file: found 'No space left on device'", "free some space"
+    yield ExitCode.OUT_OF_MEMORY, MemoryError("too much"), "found too much, need more memory", "close other programs"
+    yield ExitCode.INTERRUPTED, KeyboardInterrupt(), "found Ctrl-C, need time", "run the same command again"
+
+
+FAILURES = list(failures())
+
+
+def test_every_exit_code_but_success_is_shown() -> None:
+    """A new code without a failure that shows it fails here."""
+    assert {code for code, *_ in FAILURES} == set(ExitCode) - {ExitCode.DONE}
+
+
+@pytest.mark.parametrize("failure", FAILURES, ids=lambda failure: f"{failure[0].name}-{type(failure[1]).__name__}")
+@pytest.mark.parametrize("json", [False, True])
+def test_a_failure_is_shown_as_one_error_and_one_hint(
+    failure: tuple[ExitCode, BaseException, str, str],
+    json: bool,
+    cli: Callable[..., Ran],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    code, error, message, hint = failure
+
+    def fails(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("lorakit.core.evaluation.evaluate", fails)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    ran = cli("evaluate", "m", "--blocks", "b", *(["--json"] if json else []))
+    assert (ran.code, ran.out) == (code, "")
+    first, second = ran.err.splitlines()
+    assert first.startswith(f"error: {message}")
+    assert second.startswith(f"hint: {hint}")
+    assert "Traceback" not in ran.err
+
+
+SOURCES = sorted((Path(errors.__file__).parents[1]).rglob("*.py"))
+_NAMES = {kind.__name__ for kind in KINDS}
+
+
+def texts(path: Path) -> Iterator[tuple[int, str]]:
+    """The message of every failure that a file makes, with its line; what is filled in is `{}`."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not (
+            isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _NAMES and node.args
+        ):
+            continue
+        message = node.args[0]
+        if isinstance(message, ast.Constant):
+            yield node.lineno, str(message.value)
+        elif isinstance(message, ast.JoinedStr):
+            parts = [part.value if isinstance(part, ast.Constant) else "{}" for part in message.values]
+            yield node.lineno, "".join(map(str, parts))
+
+
+_PASSED_ON = re.compile(r"(--rendezvous |rank )?\{\}: \{\}|[^a-z]*")
+_IN_OTHER_WORDS = {"{}: stopped after step {} of {}, which is saved", "{}: the run began with it"}
+
+
+def test_every_message_says_what_was_found_or_what_is_needed() -> None:
+    """`<thing>: found X, need Y`, wherever the message stands in the source itself."""
+    found = [(path, line, text) for path in SOURCES for line, text in texts(path) if not _PASSED_ON.fullmatch(text)]
+    assert len(found) > 100
+    other = [(path.name, line, text) for path, line, text in found if not re.search(r"\b(found|need)\b", text)]
+    assert {text for _, _, text in other} <= _IN_OTHER_WORDS, other
+
+
+def test_every_failure_has_a_hint() -> None:
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _NAMES:
+                starred = any(isinstance(argument, ast.Starred) for argument in node.args)
+                assert starred or len(node.args) == 2, f"{path.name}:{node.lineno}"
+                assert not (len(node.args) == 2 and isinstance(node.args[1], ast.Constant) and not node.args[1].value)
