@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -40,7 +40,6 @@ from lorakit.core.doctor.report import report_text
 from lorakit.core.environment import no_kernels_from_the_hub, stop_with_parent, usable_cores
 from lorakit.core.errors import EnvironmentUnusable, InputRefused, LorakitError, UsageError, first_line
 from lorakit.core.events import Notice, Progress, Report
-from lorakit.core.memory import CPU_PROCESS_BYTES
 from lorakit.core.placement import read_plan
 from lorakit.core.weights import open_weights
 
@@ -198,27 +197,20 @@ def _need_of_plan(plan: Mapping[str, Any], path: Path) -> Need:
     )
 
 
+_MERGE_BYTES = 2**28  # twice what the bench of merging measured for a shape of 70B
 _CHECKPOINTS = 5
 """Three that are kept by default, the best one, and the one that is written."""
 
 
 def _need_of_merge(folder: Path, report: Report) -> Need:
-    """A merged model is as large as its base, and is compared with base + adapter in fp32, one after the other."""
+    """A merged model is as large as its base, and is computed row by row in the memory of a few rows."""
     adapter = open_adapter(folder, report)
     base = Path(adapter.base_name)
     if not base.is_dir():
         report(Notice(f"{adapter.base_name}: isn't a folder here, so that the sizes of this merge aren't known"))
         return Need(job="merge")
     weights = open_weights(base)
-    elements = sum(_product(place.shape) for place in weights.tensors.values())
-    return Need(job="merge", ram_bytes=4 * elements + CPU_PROCESS_BYTES, disk_bytes=weights.size_bytes)
-
-
-def _product(shape: Iterable[int]) -> int:
-    size = 1
-    for length in shape:
-        size *= length
-    return size
+    return Need(job="merge", ram_bytes=_MERGE_BYTES, disk_bytes=weights.size_bytes)
 
 
 # Before a command begins
