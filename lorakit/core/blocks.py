@@ -163,8 +163,10 @@ class Blocks:
         return shard["tokens"][row], shard["trained"][row], shard["document"][row]
 
     def largest_id(self) -> int:
-        """The largest token id of all blocks."""
-        return max(int(shard["tokens"][:].max()) for shard in self._shards)
+        """The largest token id of all blocks, 0 where there are none."""
+        return max(
+            (int(shard["tokens"][:].max()) for shard in self._shards if shard["tokens"].get_shape()[0]), default=0
+        )
 
     def batch(self, indices: Sequence[int]) -> Batch:
         """The blocks of a micro-step, with positions that restart at every document."""

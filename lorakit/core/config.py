@@ -498,7 +498,10 @@ class BatchSection(Section):
     def _effective_batch_size_is_reachable(self) -> Self:
         if self.effective_batch_size is not None:
             if self.gradient_accumulation_steps != 1:
-                raise ValueError("found both effective_batch_size and gradient_accumulation_steps, need one of them")
+                raise ValueError(
+                    "found both effective_batch_size and gradient_accumulation_steps, need one of them (a run's own "
+                    "lorakit.yaml has the first: --effective-batch-size N replaces it)"
+                )
         elif self.batch_size == "auto":
             raise ValueError(
                 "batch_size: found auto alone, need --effective-batch-size N beside it: how many blocks are learned "
@@ -575,12 +578,6 @@ class HubSection(Section):
         None, "Upload the result to this repository (owner/name).", metavar="REPO", decides_result=False
     )
     private: bool = setting(False, "Where the repository is new, make it private.", decides_result=False)
-
-    @model_validator(mode="after")
-    def _private_needs_a_repository(self) -> Self:
-        if self.private and self.push_to_hub is None:
-            raise ValueError("found --private without --push-to-hub, need both")
-        return self
 
 
 class AttentionSection(Section):
@@ -994,6 +991,8 @@ class TrainConfig(StepConfig):
     @model_validator(mode="after")
     def _no_contradictions(self) -> Self:
         problems = [*self._data_problems(), *self._schedule_problems(), *self._device_problems()]
+        if self.hub.private and self.hub.push_to_hub is None:
+            problems.append("found --private without --push-to-hub, need both")
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -1104,6 +1103,8 @@ class MergeConfig(StepConfig):
     def _options_that_need_others(self) -> Self:
         if self.merging.blocks and self.merging.verify != "full":
             raise ValueError("found --blocks without --verify full, need both")
+        if self.hub.private and self.hub.push_to_hub is None:
+            raise ValueError("found --private without --push-to-hub, need both")
         return self
 
 

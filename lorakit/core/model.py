@@ -396,6 +396,18 @@ def _saved_modules(base: PreTrainedModel, names: Sequence[str]) -> list[str] | N
                 f"{', '.join(sorted(part for part in there_are if part and not part.isdigit()))}",
                 "correct --modules-to-save",
             )
+        quantized_inside = [
+            name
+            for module_name, module in base.named_modules()
+            if module_name.rpartition(".")[2] == name
+            for parameter in module.parameters()
+            if not parameter.is_floating_point()
+        ]
+        if quantized_inside:
+            raise InputRefused(
+                f"modules_to_save: found {name!r}, which is quantized and can't be trained whole; need one that isn't",
+                "embed_tokens, lm_head and norms aren't quantized; or --quantize none",
+            )
     return sorted(names) or None
 
 

@@ -152,10 +152,8 @@ def joined(worker: Worker | None, parallel: str | None, device: torch.device) ->
             f"found WORLD_SIZE {worker.world_size}, where torch sees {dist.get_world_size()} processes; need the same",
             "start the run by lorakit itself: --num-processes",
         )
-    try:
-        yield World(worker.rank, worker.world_size, device, "fsdp" if parallel == "fsdp" else "ddp")
-    finally:
-        dist.destroy_process_group()
+    yield World(worker.rank, worker.world_size, device, "fsdp" if parallel == "fsdp" else "ddp")
+    dist.destroy_process_group()  # after a failure it may wait for processes that wait for this one; its end is enough
 
 
 def scales_to(device: torch.device, layers: torch.nn.Module) -> None:
@@ -175,7 +173,8 @@ def whole(tensor: Tensor) -> Tensor:
 def put(value: Tensor, into: Tensor) -> None:
     """Overwrite a tensor, or this process's shard of it, with a whole one."""
     if isinstance(into, DTensor):
-        value = distribute_tensor(value.to(into.device), into.device_mesh, into.placements)
+        # every process has all of it: none asks another, so that one that fails before keeps nobody waiting
+        value = distribute_tensor(value.to(into.device), into.device_mesh, into.placements, src_data_rank=None)
     into.copy_(value)
 
 
@@ -209,6 +208,16 @@ def _heard(rank: int, told: dict[str, Any]) -> LorakitError:
 
 def _exchange(value: Any, size: int) -> list[Any]:
     """JSON between all processes, through gloo."""
+    try:
+        return _all_told(value, size)
+    except RuntimeError as error:
+        raise RankFailed(
+            f"found that the connection to another process broke ({first_line(error)}), need all of them",
+            "look for the first error; the same command goes on from the last checkpoint",
+        ) from None
+
+
+def _all_told(value: Any, size: int) -> list[Any]:
     mine = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
     lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(size)]
     dist.all_gather(lengths, torch.tensor([len(mine)]))

@@ -161,9 +161,8 @@ def spec_of(tokenizer: "PreTrainedTokenizerBase") -> TokenizerSpec:
     notes = []
     if eos_id is None:
         notes.append("the tokenizer has no end token: where rows lack one, nothing teaches the model to stop")
-    if pad_id is None:
-        instead = "its end token" if eos_id is not None else "token 0"
-        notes.append(f"the tokenizer has no padding token: {instead} fills blocks, where nothing is trained or seen")
+    if eos_id is None and pad_id is None:
+        notes.append("the tokenizer has no padding token: token 0 fills blocks, where nothing is trained or seen")
     starts_with_bos = list(tokenizer("a").input_ids)[:1] == [tokenizer.bos_token_id]
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     return TokenizerSpec(
@@ -172,7 +171,8 @@ def spec_of(tokenizer: "PreTrainedTokenizerBase") -> TokenizerSpec:
         variables={name: _plain(value) for name, value in tokenizer.special_tokens_map.items()},
         bos_id=tokenizer.bos_token_id if starts_with_bos else None,
         eos_id=eos_id,
-        pad_id=next((token for token in (pad_id, eos_id) if token is not None), 0),
+        # the end token first: padding tokens that were added to a tokenizer often lie beyond the model's embedding
+        pad_id=next((token for token in (eos_id, pad_id) if token is not None), 0),
         end_tokens=sorted({*special, *([tokenizer.eos_token] if tokenizer.eos_token else [])}),
         notes=notes,
     )

@@ -34,7 +34,8 @@ def test_the_seeds_question_is_answered(cli: Cli) -> None:
     shown = cli(*SEED)
     assert len([line for line in shown.out.splitlines() if line.startswith("cuda:")]) == 8
     assert re.search(r"It fits: cuda:\d needs \d+\.\d of 24\.0 GiB\.", shown.out)
-    hint = "hint: lorakit train --model huggyllama/llama-65b --quantize int8 --batch-size 2 --blocks DIR --plan FILE"
+    hint = "hint: lorakit train --model huggyllama/llama-65b --quantize int8 --batch-size 2 "
+    hint += "--parallel split --blocks DIR --plan FILE"
     assert hint in shown.err
 
 
@@ -270,10 +271,10 @@ def test_the_hint_is_a_command_that_train_takes(cli: Cli, tiny_llama: Path, rows
     assert trained.json["planned_bytes"] > 0
 
 
-def test_a_plan_that_train_cant_follow_says_so(cli: Cli) -> None:
+def test_a_plan_for_several_processes_says_how_to_start_them(cli: Cli) -> None:
     ran = cli("plan-devices", "llama-7b", "--gpus", "2x80GiB", "--parallel", "auto")
     assert ran.code == 0
-    assert "hint: this version trains in one process: a plan for ddp can't be followed yet" in ran.err
+    assert "--parallel ddp --num-processes 2 --blocks DIR --plan FILE" in ran.err
 
 
 def test_a_bar_is_drawn_however_much_is_too_much(cli: Cli) -> None:

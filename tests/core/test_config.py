@@ -13,6 +13,7 @@ from lorakit.core.config import (
     SCHEDULE_ARGUMENTS,
     ChatConfig,
     DemoConfig,
+    DoctorConfig,
     EvaluateConfig,
     MergeConfig,
     PatchAttentionConfig,
@@ -36,6 +37,7 @@ NEEDED: Mapping[type[StepConfig], dict[str, object]] = {
     ChatConfig: {"model": "owner/name"},
     EvaluateConfig: {"model": "owner/name", "blocks": "/d/blocks"},
     DemoConfig: {},
+    DoctorConfig: {},
 }
 """What each command can't do without."""
 
@@ -65,6 +67,7 @@ EVERY = {
     ChatConfig: {"prompt": ("a, b", "- [x]: 'c'"), "system": "Sei höflich.\n", "temperature": 0.7, "top_p": 0.9},
     EvaluateConfig: {"dtype": "bf16", "batch_size": 4},
     DemoConfig: {"model": "owner/name", "output": "demo", "epochs": 0.5},
+    DoctorConfig: {"only": ("disk", "limits"), "report": True},
 }
 """Something beside the defaults for each command."""
 
@@ -477,7 +480,7 @@ CONTRADICTIONS: list[tuple[dict[str, object], list[str]]] = [
         {"effective_batch_size": 6, "batch_size": 2, "parallel": "ddp", "num_processes": 2},
         ["effective_batch_size: found 6, need a multiple of batch_size (2) × 2 processes"],
     ),
-    ({"private": True}, ["found --private alone, need --push-to-hub REPO"]),
+    ({"private": True}, ["found --private without --push-to-hub, need both"]),
     (
         {"parallel": "fsdp", "quantize": "int8", "load_best_model_at_end": True, "private": True, "num_machines": 2},
         ["--load-best-model-at-end without", "--parallel fsdp with", "--num-machines and --rendezvous", "--private"],

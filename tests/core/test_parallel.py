@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 
 from lorakit.core.environment import Worker
-from lorakit.core.errors import EnvironmentUnusable, UsageError
+from lorakit.core.errors import EnvironmentUnusable, InputRefused, UsageError
 from lorakit.core.model import load_base
 from lorakit.core.parallel import World, alone, clip_gradients, joined, put, scales_to, whole
 from lorakit.core.training import loop
@@ -352,9 +352,9 @@ def test_alone_nothing_is_exchanged() -> None:
     assert (world.rank, world.size, world.parallel, world.is_first, world.mean_over) == (0, 1, None, True, 1)
     assert world.gather({"a": 1}) == [{"a": 1}]
     assert world.share("x") == "x"
-    with pytest.raises(UsageError) as caught, world.together():
-        raise UsageError("found", "hint")
-    assert not getattr(caught.value, "shared", False)
+    with pytest.raises(InputRefused) as caught, world.together():
+        raise InputRefused("found", "hint")
+    assert not caught.value.shared
     parameter = torch.nn.Parameter(torch.zeros(2))
     parameter.grad = torch.ones(2)
     world.sum_gradients([parameter])

@@ -82,7 +82,7 @@ def with_tokenizer(tokenizer: Any, values: dict[str, object], report: Report = l
     """The result of `prepare` with a tokenizer that lies nowhere: its fields and figures side by side."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(preparing, "model_folder", Path)
-        patch.setattr(preparing, "load_spec", lambda folder: spec_of(tokenizer))
+        patch.setattr(preparing, "load_spec", lambda folder, add_tokens: spec_of(tokenizer))
         made = prepare(PrepareConfig.resolve((None, values)), report)
     dropped = sum(made.figures["dropped_by_reason"].values())
     return SimpleNamespace(**vars(made), **made.figures, dropped=dropped)
@@ -99,7 +99,7 @@ def documents_of(opened: Blocks, tokenizer: Any) -> list[Labels]:
             here = document == number
             if not trained[here].any():  # padding: a document without anything to learn
                 assert number == numbers[-1]
-                assert set(tokens[here].tolist()) == {tokenizer.pad_token_id}
+                assert set(tokens[here].tolist()) == {tokenizer.eos_token_id}
             else:
                 found.append((as_bytes(tokenizer, tokens[here]), tuple(map(bool, trained[here]))))
     return found

@@ -198,8 +198,9 @@ def test_a_begin_token_counts_where_the_tokenizer_puts_it(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("taken", "pad", "words"),
     [
-        ((), "<pad>", []),
-        (("pad_token",), "<|im_end|>", ["no padding token: its end token"]),
+        ((), "<|im_end|>", []),
+        (("pad_token",), "<|im_end|>", []),
+        (("eos_token",), "<pad>", ["no end token"]),
         (("pad_token", "eos_token"), None, ["no end token", "no padding token: token 0"]),
     ],
 )
@@ -303,7 +304,7 @@ def test_a_spec_is_json(tmp_path: Path) -> None:
     spec = spec_of(tokenizer)
     assert json.loads(json.dumps(dict(spec.variables))) == spec.variables
     assert {"<a>", "<b>"} <= set(spec.end_tokens)
-    assert np.uint32(spec.pad_id) == tokenizer.pad_token_id
+    assert np.uint32(spec.pad_id) == tokenizer.eos_token_id
 
 
 # New tokens

@@ -28,13 +28,13 @@ from lorakit.core.artifacts import Artifact
 from lorakit.core.blocks import Blocks
 from lorakit.core.config import TrainConfig
 from lorakit.core.environment import let_gpu_memory_grow, make_cublas_deterministic, worker
-from lorakit.core.errors import InputRefused, Mismatch
+from lorakit.core.errors import InputRefused, Mismatch, UsageError
 from lorakit.core.events import Report
 from lorakit.core.hub import model_folder, push_folder
 from lorakit.core.model import pick_device
 from lorakit.core.parallel import World, joined
 from lorakit.core.training.checkpoints import CHECKPOINTS, OTHER_WORK_HINT, Checkpoints
-from lorakit.core.training.loop import UNFINISHED, Run, ShouldStop, schedule_of
+from lorakit.core.training.loop import EXTENDS, UNFINISHED, Run, ShouldStop, schedule_of
 from lorakit.core.weights import open_weights
 
 
@@ -131,11 +131,12 @@ def _claim(
     """Lock the target and find out how far this very work has come there; with --overwrite beside it, where other work
     is: the earlier run stays as it is until the new one is whole."""
     overwrite = config.output.overwrite
-    beside = target.resolve().with_name(f"{target.resolve().name}.new")
+    beside = target.resolve().with_name(f".{target.resolve().name}.overwriting")
     for folder in (target, beside) if overwrite else (target,):
         locks.enter_context(artifacts.lock(folder))
         artifacts.sweep(folder / CHECKPOINTS)
-    may_differ = ("epochs", "max_steps") if config.batch.extend else ()
+    may_differ = EXTENDS if config.batch.extend else ()
+    steps = schedule_of(config, blocks).steps
 
     def found_in(folder: Path, *, replaceable: bool) -> _Place | None:
         done = artifacts.claim(
@@ -149,7 +150,13 @@ def _claim(
             hint=OTHER_WORK_HINT,
         )
         checkpoints = Checkpoints(folder, config, parents, report)
-        if done is not None and done.facts["steps"] < schedule_of(config, blocks).steps and may_differ:
+        other = {name: done.config.get(name) for name in may_differ} if done is not None else {}
+        if done is not None and other != {name: config.flat()[name] for name in may_differ}:
+            if done.facts["steps"] >= steps:
+                raise UsageError(
+                    f"--extend: found {folder} with {done.facts['steps']} steps already, need more than these",
+                    f"raise --max-steps or --epochs: these settings mean {steps} steps",
+                )
             if checkpoints.newest(may_differ) is None:
                 raise InputRefused(
                     f"{folder}: found an adapter without its checkpoints, need one to go on from",

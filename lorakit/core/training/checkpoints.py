@@ -38,6 +38,8 @@ class State:
     loss_scale_age: int = 0
     attention: str = ""
     """The implementation that the first step was computed with: the others are too."""
+    dtype: str = ""
+    """The number type of the base that it was computed with."""
     best_step: int = 0
     best_loss: float | None = None
     evaluations_without_better: int = 0
@@ -94,6 +96,11 @@ class Checkpoints:
         """The adapter's tensors in the checkpoint of a step."""
         checkpoint = artifacts.open_artifact(self._at(step), "checkpoint")
         return safetensors.torch.load((checkpoint.path / adapters.WEIGHTS).read_bytes())
+
+    @property
+    def size_bytes(self) -> int:
+        """What all checkpoints take on the disk."""
+        return sum(path.stat().st_size for path in self._folder.rglob("*") if path.is_file())
 
     def _at(self, step: int) -> Path:
         return self._folder / f"step-{step:08d}"

@@ -21,6 +21,7 @@ from lorakit.core.blocks import VALIDATION, Batch, Blocks
 from lorakit.core.config import SamplingSection, TrainConfig, differences, option_name
 from lorakit.core.environment import free_ram_bytes
 from lorakit.core.errors import (
+    ArtifactDamaged,
     InputRefused,
     LorakitError,
     Mismatch,
@@ -74,6 +75,9 @@ UNFINISHED = (CHECKPOINTS, METRICS, SAMPLES, TRACKING)
 ShouldStop = Callable[[], str | None]
 """Asked after every step: "terminate" or "interrupt" once such a signal has come, else None."""
 
+EXTENDS = ("epochs", "max_steps")
+"""The settings that --extend may change."""
+
 _SMALLEST_LOSS_SCALE = 2.0**-10
 _SAMPLE_TOKENS = 128
 
@@ -103,6 +107,14 @@ class Run:
         self.checkpoints = Checkpoints(folder, config, parents, report)
         dtype = pick_dtype(config.model.dtype, self.device)
         require_device(dtype, self.device, report)
+        begun_with = checkpoint.facts["dtype"] if checkpoint is not None else dtype_name(dtype)
+        if begun_with != dtype_name(dtype):
+            raise Mismatch(
+                f"--dtype {config.model.dtype}: found {dtype_name(dtype)} here, need {begun_with}, "
+                "with which the run began",
+                f"--dtype {begun_with}, or begin anew with --overwrite",
+            )
+        self.state.dtype = begun_with
         self.tokenizer = load_tokenizer(weights.folder, config.tokens.add_tokens)
         if spec_of(self.tokenizer).fingerprint != blocks.tokenizer:
             raise Mismatch(
@@ -112,7 +124,8 @@ class Run:
             )
         self.batch_size, self.plan = self._plan(weights, dtype)
         self.model = self._make_model(weights, dtype)
-        require_vocabulary(self.model, blocks.largest_id(), blocks.path)
+        for part in (blocks, self.held_out):
+            require_vocabulary(self.model, part.largest_id(), blocks.path)
         if blocks.template is not None:
             self.tokenizer.chat_template = blocks.template  # whoever talks with the adapter asks as it was trained
         make_ready(self.model, dtype, checkpointing=config.batch.gradient_checkpointing)
@@ -127,7 +140,8 @@ class Run:
         if pages_nothing(config, self.parameters):
             report(Notice("--optimizer: found no matrix of 100,000 numbers or more, so nothing will be paged"))
         adapter_bytes = sum(parameter.numel() * 4 for parameter in self.parameters.values())
-        disk.require_free_bytes(folder, 3 * adapter_bytes * (config.saving.keep_checkpoints + 2))
+        needed_bytes = 3 * adapter_bytes * (config.saving.keep_checkpoints + 2) - self.checkpoints.size_bytes
+        disk.require_free_bytes(folder, max(needed_bytes, 2 * 3 * adapter_bytes))
         if checkpoint is not None:
             self._load(checkpoint)
         self.resumed_from = self.state.step
@@ -199,12 +213,13 @@ class Run:
         return batch_size, plan_run(shape, work, budgets, path, parallel)
 
     def _budgets(self, on_gpu: bool, *, everything: bool) -> Budgets:
-        """What is free on each device that the run may use; in a parallel run as much on the others as here."""
+        """What is free on each device that the run may use; in a parallel run the least of all, for every process has
+        to plan alike."""
         if not on_gpu:
-            return {"cpu": free_ram_bytes() // self.world.size}
+            return {"cpu": min(self.world.gather(free_ram_bytes())) // self.world.size}
         if self.world.size > 1:
             free = torch.cuda.mem_get_info(self.device)[0] + CONTEXT_BYTES
-            return dict.fromkeys(range(self.world.size), free)
+            return dict.fromkeys(range(self.world.size), min(self.world.gather(free)))
         # what is asked has its context by then, which the plan counts
         asked = range(torch.cuda.device_count()) if everything else (torch.cuda.current_device(),)
         gpus: Budgets = {number: torch.cuda.mem_get_info(number)[0] + CONTEXT_BYTES for number in asked}
@@ -247,7 +262,8 @@ class Run:
 
     def _load(self, checkpoint: Artifact) -> None:
         tensors, states, self.state = read(checkpoint)
-        if self.config.batch.extend:
+        made_for = {name: checkpoint.config.get(name) for name in EXTENDS}
+        if made_for != {name: self.config.flat()[name] for name in EXTENDS}:  # --extend, for the first time
             self.state.stopped_early, self.state.evaluations_without_better = False, 0
         load_states(self.optimizer, self.parameters, states)
         with torch.no_grad():
@@ -465,13 +481,13 @@ class Run:
 
     def _save(self) -> None:
         """Commit a checkpoint: gathered by all, written by the first, believed when all heard that it was written."""
-        adapter = self._adapter_files(self._tensors())
-        states = states_of(self.optimizer, self.parameters)
+        tensors, gathers = self._tensors(), self.world.is_first or self.world.parallel == "fsdp"
+        states = states_of(self.optimizer, self.parameters) if gathers else {}
         with self.world.together():
             if self.world.is_first:
                 for file in self._files.values():
                     file.sync()
-                self.checkpoints.save(adapter, states, self.state)
+                self.checkpoints.save(self._adapter_files(tensors), states, self.state)
                 self.checkpoints.remove_oldest(self.state.best_step)
         self._saved_at = time.monotonic()
 
@@ -479,7 +495,13 @@ class Run:
         """Put the adapter beside the checkpoints: the run folder becomes an artifact."""
         state = self.state
         best = self.config.evaluation.load_best_model_at_end and state.best_step
-        tensors = self.checkpoints.adapter_of(state.best_step) if best else self._tensors()
+        tensors = self._tensors()
+        if best:
+            try:
+                tensors = self.checkpoints.adapter_of(state.best_step)
+            except (ArtifactDamaged, InputRefused) as error:
+                self.report(Notice(f"the adapter is that of the last step, not of the best: {error.message}"))
+                best = 0
         facts: dict[str, Any] = {
             "steps": state.step,
             "first_loss": state.first_loss,
@@ -582,6 +604,8 @@ def _read_prompts(path: Path | None) -> list[list[dict[str, str]]]:
     hint = 'a line each: plain text, {"prompt": "…"} or {"messages": [{"role": "user", "content": "…"}]}'
     try:
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        if not lines:
+            raise ValueError("no line at all")
         return [_conversation(json.loads(line) if line.lstrip().startswith("{") else line) for line in lines]
     except OSError as error:
         raise InputRefused(f"{path}: found {error.strerror}, need a file of prompts", hint) from None

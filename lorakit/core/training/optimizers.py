@@ -116,9 +116,10 @@ class LearningRate:
                 num_training_steps=None if "num_stable_steps" in given else steps,  # of both it would warn
                 scheduler_specific_kwargs=given,
             )
-            rates = [self.at(step) for step in (self._warmup_steps, steps - 1)]
-            if not all(0 <= rate < math.inf for rate in rates):
-                raise ValueError(f"a learning rate of {min(rates)}")
+            looked_at = {self._warmup_steps, steps - 1, *range(self._warmup_steps, steps, max(steps // 100, 1))}
+            for rate in map(self.at, sorted(looked_at)):
+                if not 0 <= rate <= self._highest * (1 + 1e-9):
+                    raise ValueError(f"a learning rate of {rate:g} with --learning-rate {self._highest:g}")
         except (ValueError, TypeError, ArithmeticError) as error:
             found = ", ".join(pairs) or "none"
             raise UsageError(

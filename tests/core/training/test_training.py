@@ -108,7 +108,10 @@ def test_an_extended_run_is_the_longer_run(
     assert adapter_bytes(tmp_path / "run") == adapter_bytes(tmp_path / "whole")
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
     assert train("run", *longer).json["already_done"]
-    assert train("run", *CONSTANT, "--max-steps", 5, "--lora-dropout", 0.2, "--extend").json["already_done"]
+    assert train("run", *longer, "--extend").json["already_done"]
+    fewer = train("run", *CONSTANT, "--max-steps", 5, "--lora-dropout", 0.2, "--extend")
+    assert fewer.code == 2
+    assert "with 7 steps already, need more than these" in fewer.err
 
 
 def test_epochs_can_be_extended_too(train: Train, blocks: Path) -> None:
