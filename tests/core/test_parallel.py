@@ -3,6 +3,7 @@ failures that all hear of. Two processes on one CPU, over gloo; most of it in on
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -70,10 +71,19 @@ def run_all(place: Place, tasks: Mapping[str, Any], name: str, timeout: int = 28
     return [json.loads(Path(f"{results}-{rank}.json").read_text()) for rank in (0, 1)]
 
 
-def alone_at(place: Place, name: str, *options: object, stop_at: int | None = None) -> None:
-    """The same run by this process alone."""
+def lorakit(*arguments: object) -> int:
+    """A command line in this process, outside of a test: the signals stay those of pytest."""
     from lorakit.cli import main
 
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        return main([str(argument) for argument in arguments])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def alone_at(place: Place, name: str, *options: object, stop_at: int | None = None) -> None:
+    """The same run by this process alone."""
     with pytest.MonkeyPatch.context() as patch:
         step = loop.Run._step
 
@@ -83,13 +93,11 @@ def alone_at(place: Place, name: str, *options: object, stop_at: int | None = No
             return step(run)
 
         patch.setattr(loop.Run, "_step", stops)
-        assert main(["train", *place.command(name, *options)]) == (0 if stop_at is None else 130)
+        assert lorakit("train", *place.command(name, *options)) == (0 if stop_at is None else 130)
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    from lorakit.cli import main
-
     folder = tmp_path_factory.mktemp("place")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LORAKIT_CACHE", str(folder / "cache"))
@@ -106,7 +114,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
             "--output",
             folder / "blocks",
         ]
-        assert main(["prepare", *map(str, given), "--validation-split", "0.55"]) == 0
+        assert lorakit("prepare", *given, "--validation-split", "0.55") == 0
         yield Place(folder)
 
 
