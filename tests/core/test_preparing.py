@@ -31,7 +31,8 @@ from lorakit.core.templates import builtin_names, builtin_source
 from lorakit.core.tokenization import spec_of
 from tests.conftest import CHATML, ROWS, Ran, make_tokenizer, unmasked
 
-PAD, BOS, EOS = b"<pad>", b"<|im_start|>", b"<|im_end|>"
+BOS, EOS = b"<|im_start|>", b"<|im_end|>"
+PAD = EOS  # what fills blocks
 
 PROPERTY = settings(deadline=None, database=None, derandomize=True, max_examples=60)
 
