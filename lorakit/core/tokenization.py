@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 _FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "config.json", "vocab.*")
 _MORE_FILES = ("merges.txt", "spiece.model", "additional_chat_templates/*.jinja")
-_FORMAT = 1
+_FORMAT = 2
 _WORTH_A_BEGINNING = 16  # texts
 
 _Encoded = tuple[NDArray[np.uint32], NDArray[np.bool_]]

@@ -324,9 +324,8 @@ def test_streams_pass_through_and_nothing_else_is_said_or_left(tmp_path: Path, m
     monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
     (tmp_path / "tmp").mkdir()
     program = """
-    print(f"out {rank}")
-    print(f"err {rank}", file=sys.stderr)
-    sys.stdout.flush()
+    os.write(1, f"out {rank}\\n".encode())  # in one piece: both write into the same pipe
+    os.write(2, f"err {rank}\\n".encode())
     if rank:
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(0.5)
