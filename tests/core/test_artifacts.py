@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import shutil
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -399,20 +399,16 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("killed_at", range(1, 12))
-def test_a_replaced_file_is_old_or_new_wherever_it_is_killed(
-    killed_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Every call that changes a name: the next sweep completes it or nothing was changed, and the artifact is whole."""
-    target = tmp_path / "a"
-    commit(target)
+@contextlib.contextmanager
+def killed_at_call(number: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What is done inside ends at its `number`th call that changes a name."""
     calls = 0
 
     def killing(original: Callable[..., Any]) -> Callable[..., Any]:
         def call(*given: Any, **more: Any) -> Any:
             nonlocal calls
             calls += 1
-            if calls == killed_at:
+            if calls == number:
                 raise Killed
             return original(*given, **more)
 
@@ -421,6 +417,17 @@ def test_a_replaced_file_is_old_or_new_wherever_it_is_killed(
     with monkeypatch.context() as patched, contextlib.suppress(Killed):
         for name in ("mkdir", "rename", "unlink", "rmdir", "fsync"):
             patched.setattr(os, name, killing(getattr(os, name)))
+        yield
+
+
+@pytest.mark.parametrize("killed_at", range(1, 12))
+def test_a_replaced_file_is_old_or_new_wherever_it_is_killed(
+    killed_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every call that changes a name: the next sweep completes it or nothing was changed, and the artifact is whole."""
+    target = tmp_path / "a"
+    commit(target)
+    with killed_at_call(killed_at, monkeypatch):
         artifacts.amend(target, "notes.txt", b"new")
     with artifacts.lock(target):
         pass
@@ -460,24 +467,11 @@ def test_a_reopened_artifact_is_the_unfinished_work_that_it_was(tmp_path: Path) 
 def test_killed_while_it_is_reopened_it_is_whole_or_unfinished(
     killed_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    target, calls = tmp_path / "a", 0
+    target = tmp_path / "a"
     commit(target)
     (target / "checkpoints").mkdir()
     before = content(target)
-
-    def killing(original: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*given: Any, **more: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            if calls == killed_at:
-                raise Killed
-            return original(*given, **more)
-
-        return call
-
-    with monkeypatch.context() as patched, contextlib.suppress(Killed):
-        for name in ("mkdir", "rename", "unlink", "rmdir", "fsync"):
-            patched.setattr(os, name, killing(getattr(os, name)))
+    with killed_at_call(killed_at, monkeypatch):
         artifacts.reopen(target, ("checkpoints",))
     with artifacts.lock(target):
         pass
