@@ -101,9 +101,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as ended:  # what the workers of a parallel run agreed on, and have printed
         return int(ended.code or ExitCode.DONE)
     except _Terminated:
-        return _fail(Stopped("found SIGTERM, need time", "run the same command again"))
+        return _fail(Stopped.early(interrupted=False))
     except (KeyboardInterrupt, typer.Abort):
-        return _fail(Stopped("found Ctrl-C, need time", "run the same command again", interrupted=True))
+        return _fail(Stopped.early(interrupted=True))
     except OSError as error:
         return _fail(disk_failed(error, Path(os.fsdecode(error.filename or "an unnamed file"))))
     except Exception as error:

@@ -242,9 +242,7 @@ class Signals:
     def stop_if_asked(self) -> None:
         """Raises Stopped where one has come; for before there is anything to save."""
         if self.asked is not None:
-            interrupted = self.asked == "interrupt"
-            name = "Ctrl-C" if interrupted else "SIGTERM"
-            raise Stopped(f"found {name}, need time", "run the same command again", interrupted=interrupted)
+            raise Stopped.early(interrupted=self.asked == "interrupt")
 
     def _ask(self, which: int, frame: FrameType | None) -> None:
         if self.asked is not None:

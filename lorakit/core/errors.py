@@ -122,6 +122,12 @@ class Stopped(LorakitError):
         if interrupted:
             self.exit_code = ExitCode.INTERRUPTED
 
+    @classmethod
+    def early(cls, *, interrupted: bool) -> "Stopped":
+        """Stopped before there is anything to save."""
+        found = "Ctrl-C" if interrupted else "SIGTERM"
+        return cls(f"found {found}, need time", "run the same command again", interrupted=interrupted)
+
 
 def first_line(error: BaseException) -> str:
     """What an error of another library says, short enough for ours."""

@@ -184,9 +184,7 @@ class Watch:
         """Machines are waited for from now on. Raises Stopped where a signal has come, or as soon as one comes."""
         if self._asked is not None:
             self._waits_for_machines = False
-            interrupted = self._asked == signal.SIGINT
-            found = "Ctrl-C" if interrupted else "SIGTERM"
-            raise Stopped(f"found {found}, need time", "run the same command again", interrupted=interrupted)
+            raise Stopped.early(interrupted=self._asked == signal.SIGINT)
         self._waits_for_machines = True
 
     def starting(self) -> None:
