@@ -211,6 +211,7 @@ class MemoryLimit(NamedTuple):
 
 _CGROUP = Path("/sys/fs/cgroup")
 _VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+_VERSION_2 = ("memory.max", "memory.current", "inactive_file")
 _UNLIMITED_BYTES = 2**60  # version 1 says almost 2**63 where there is none
 
 
@@ -225,12 +226,8 @@ def memory_limit() -> MemoryLimit | None:
     paths = {name: path for _, names, path in groups for name in names.split(",")}
     # inside of a container the own group is mounted as the root, and the path may name one outside
     for root, path, names in (
-        (_CGROUP, paths.get("", "/"), ("memory.max", "memory.current", "inactive_file")),
-        (
-            _CGROUP / "memory",
-            paths.get("memory", "/"),
-            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-        ),
+        (_CGROUP, paths.get("", "/"), _VERSION_2),
+        (_CGROUP / "memory", paths.get("memory", "/"), _VERSION_1),
     ):
         own = root / path.lstrip("/")
         for group in (own, *own.parents):

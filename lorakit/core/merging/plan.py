@@ -108,12 +108,16 @@ class Target:
     @property
     def changed(self) -> bool:
         """Whether its numbers differ from the base's."""
-        return bool(self.terms or self.rows or self.shifts or self.rounding) or self.source != self.in_base
+        return self._has_changes or self.source != self.in_base
 
     @property
     def computed(self) -> bool:
         """Whether its bytes aren't simply those of its source."""
-        return bool(self.terms or self.rows or self.shifts or self.rounding) or (self.dtype != self.source.place.dtype)
+        return self._has_changes or self.dtype != self.source.place.dtype
+
+    @property
+    def _has_changes(self) -> bool:
+        return bool(self.terms or self.rows or self.shifts or self.rounding)
 
 
 @dataclass(frozen=True)
