@@ -96,6 +96,11 @@ def mean_loss(
     return sum(one[0] for one in told) / max(counted, 1), counted
 
 
+def perplexity(loss: float) -> float:
+    """e to the mean loss in nats, as far as a float holds it: e^700 is about its largest power."""
+    return math.exp(min(loss, 700.0))
+
+
 def evaluate(config: EvaluateConfig, report: Report) -> Evaluation:
     """Loss and perplexity of a model over blocks, its base beside it where it is an adapter.
 
@@ -119,6 +124,6 @@ def evaluate(config: EvaluateConfig, report: Report) -> Evaluation:
         if not math.isfinite(loss):
             raise NonFinite(f"{config.model.model}: found a loss of {loss}, need a number", "try --dtype fp32")
         losses.append(loss)
-    perplexities = [math.exp(min(loss, 700.0)) for loss in losses]  # e^700 is the largest power that a float holds
+    perplexities = [perplexity(loss) for loss in losses]
     base_loss, base_perplexity = (losses[1], perplexities[1]) if len(losses) > 1 else (None, None)
     return Evaluation(losses[0], perplexities[0], tokens, base_loss, base_perplexity)

@@ -396,14 +396,8 @@ def _saved_modules(base: PreTrainedModel, names: Sequence[str]) -> list[str] | N
                 f"{', '.join(sorted(part for part in there_are if part and not part.isdigit()))}",
                 "correct --modules-to-save",
             )
-        quantized_inside = [
-            name
-            for module_name, module in base.named_modules()
-            if module_name.rpartition(".")[2] == name
-            for parameter in module.parameters()
-            if not parameter.is_floating_point()
-        ]
-        if quantized_inside:
+        called = (module for inner, module in base.named_modules() if inner.rpartition(".")[2] == name)
+        if any(not parameter.is_floating_point() for module in called for parameter in module.parameters()):
             raise InputRefused(
                 f"modules_to_save: found {name!r}, which is quantized and can't be trained whole; need one that isn't",
                 "embed_tokens, lm_head and norms aren't quantized; or --quantize none",
@@ -457,9 +451,14 @@ def checkpoint_activations(model: PeftModel) -> None:
 
 def compile_layers(model: PeftModel) -> None:
     """Have torch compile each decoder layer: all are alike, so that one compilation serves them all."""
-    layers = next(found for found in model.get_base_model().base_model.children() if isinstance(found, ModuleList))
-    for layer in layers:
+    for layer in decoder_layers(model):
         layer.compile()
+
+
+def decoder_layers(model: PeftModel) -> ModuleList:
+    """The decoder layers of a model."""
+    inside = model.get_base_model().base_model.children()
+    return next(found for found in inside if isinstance(found, ModuleList) and len(found))
 
 
 def leave_casts_to_autocast(model: PeftModel) -> None:

@@ -101,12 +101,11 @@ class World:
         """By how much a loss is multiplied before its backward pass: FSDP takes the mean of gradients, not the sum."""
         return self.size if self.parallel == "fsdp" else 1
 
-    def shard(self, model: Any) -> None:
-        """Cut every decoder layer of a model into shards (torch's fully_shard), one for each process; what lies outside
-        of the layers stays whole everywhere."""
+    def shard(self, model: Any, layers: torch.nn.ModuleList) -> None:
+        """Cut every one of a model's decoder layers into shards (torch's fully_shard), one for each process; what lies
+        outside of the layers stays whole everywhere."""
         mesh = init_device_mesh(self.device.type, (self.size,))
         inner = model.get_base_model().base_model
-        layers = next(found for found in inner.children() if isinstance(found, torch.nn.ModuleList) and len(found))
         outside = set(inner.parameters()) - set(layers.parameters())
         for layer in layers:
             fully_shard(layer, mesh=mesh)

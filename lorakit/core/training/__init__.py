@@ -35,7 +35,7 @@ from lorakit.core.model import pick_device
 from lorakit.core.parallel import World, joined
 from lorakit.core.training.checkpoints import CHECKPOINTS, OTHER_WORK_HINT, Checkpoints
 from lorakit.core.training.loop import EXTENDS, UNFINISHED, Run, ShouldStop, schedule_of
-from lorakit.core.weights import open_weights
+from lorakit.core.weights import Weights, open_weights
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,8 @@ def train(
         config = config.settled(num_processes=max(1, world.size // config.devices.num_machines))
         with world.together():
             blocks = Blocks(folders)
-            parents = {"blocks": blocks.fingerprint, **_parents(config, world)}
+            weights, parents = _inputs(config, world)
+            parents["blocks"] = blocks.fingerprint
         place = None
         with world.together():
             if world.is_first:
@@ -95,7 +96,6 @@ def train(
             folder, newest = world.share(place.shared if place else None)
             with world.together():
                 checkpoint = artifacts.open_artifact(Path(newest), "checkpoint") if newest else None
-                weights = open_weights(model_folder(config.model.model))
                 run = Run(config, Path(folder), blocks, weights, parents, checkpoint, world, report)
             facts, already = run.go(should_stop), False
         if place and place.folder != target:
@@ -188,18 +188,19 @@ def _claim(
         return _Place(beside)
 
 
-def _parents(config: TrainConfig, world: World) -> dict[str, str]:
-    """The fingerprints of the base and of the adapter to begin with; hashed by the first process, and by the others
-    found in its cache."""
+def _inputs(config: TrainConfig, world: World) -> tuple[Weights, dict[str, str]]:
+    """The base's weights, and the fingerprints of the base and of the adapter to begin with; hashed by the first
+    process, and by the others found in its cache."""
     found: dict[str, str] = {}
     for turn in (True, False):
         with world.together():
             if world.is_first is turn:
-                found["base"] = open_weights(model_folder(config.model.model)).fingerprint
+                weights = open_weights(model_folder(config.model.model))
+                found["base"] = weights.fingerprint
                 if config.lora_kind.adapter is not None:
                     adapter = open_adapter(model_folder(config.lora_kind.adapter), lambda _: None)
                     found["adapter"] = disk.sha256(adapter.folder / WEIGHTS)
-    return found
+    return weights, found
 
 
 @contextmanager

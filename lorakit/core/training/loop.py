@@ -5,6 +5,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,7 +34,7 @@ from lorakit.core.errors import (
     first_line,
     is_out_of_memory,
 )
-from lorakit.core.evaluation import loss_sum, mean_loss
+from lorakit.core.evaluation import loss_sum, mean_loss, perplexity
 from lorakit.core.events import Notice, Progress, Report
 from lorakit.core.generation import answer
 from lorakit.core.hub import model_folder
@@ -44,6 +45,7 @@ from lorakit.core.model import (
     autocast,
     compile_layers,
     continue_lora,
+    decoder_layers,
     dtype_name,
     grow,
     load_base,
@@ -131,7 +133,7 @@ class Run:
         make_ready(self.model, dtype, checkpointing=config.batch.gradient_checkpointing)
         self.names = trained_names(self.model)
         if world.parallel == "fsdp":
-            world.shard(self.model)
+            world.shard(self.model, decoder_layers(self.model))
         if config.batch.torch_compile:
             compile_layers(self.model)
         self.parameters = trained_parameters(self.model, self.names)
@@ -207,9 +209,7 @@ class Run:
         batch_size = largest_batch(shape, work, budgets, parallel, each) if asked == "auto" else asked
         if asked == "auto":
             self.report(Notice(f"batch size: {batch_size} of {each} blocks at once"))
-            work = Workload.of(
-                config, work.dtype, work.block_size, batch_size, accumulates=each > batch_size, on_gpu=on_gpu
-            )
+            work = replace(work, batch_size=batch_size, accumulates=each > batch_size)
         return batch_size, plan_run(shape, work, budgets, path, parallel)
 
     def _budgets(self, on_gpu: bool, *, everything: bool) -> Budgets:
@@ -434,8 +434,7 @@ class Run:
             self.model.train()
         if not math.isfinite(loss):
             raise self._not_finite(f"a held-out loss of {loss}")
-        perplexity = math.exp(min(loss, 700.0))  # e^700 is the largest power that a float holds
-        line = {"step": state.step, "eval_loss": loss, "eval_perplexity": perplexity, "eval_tokens": tokens}
+        line = {"step": state.step, "eval_loss": loss, "eval_perplexity": perplexity(loss), "eval_tokens": tokens}
         self._append(METRICS, line)
         for one in answers:
             self._append(SAMPLES, {"step": state.step, **one})
