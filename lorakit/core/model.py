@@ -275,6 +275,7 @@ def _quantization(
         bnb_4bit_quant_type=quantize,
         bnb_4bit_use_double_quant=double_quantization,
         bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=dtype,  # the codes, as numbers that may be parameters: FSDP shards nothing else
     )
 
 
@@ -305,13 +306,20 @@ def quantized(
             made = bnb.nn.Linear8bitLt(*size, bias, has_fp16_weights=False, threshold=6.0)
         else:
             made = bnb.nn.Linear4bit(
-                *size, bias, compute_dtype=dtype, compress_statistics=double_quantization, quant_type=quantize
+                *size,
+                bias,
+                compute_dtype=dtype,
+                compress_statistics=double_quantization,
+                quant_type=quantize,
+                quant_storage=dtype,
             )
     if quantize == "int8":
         codes, scales, _ = bnb.functional.int8_vectorwise_quant(linear.weight.detach().to(torch.float16))
         made.weight = bnb.nn.Int8Params(codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=scales)
     else:
-        weight = bnb.nn.Params4bit(linear.weight.detach(), requires_grad=False, quant_type=quantize)
+        weight = bnb.nn.Params4bit(
+            linear.weight.detach(), requires_grad=False, quant_type=quantize, quant_storage=dtype
+        )
         made.weight = weight.to(linear.weight.device)
     if bias:
         made.bias = torch.nn.Parameter(linear.bias.detach(), requires_grad=False)
