@@ -85,7 +85,8 @@ TYPED: list[tuple[type[StepConfig], str, dict[str, Any]]] = [
         TrainConfig,
         "--split s --subset u --revision r --format alpaca --columns instruction=a,output=b --max-rows 7 "
         "--validation-split 0.125 --validation-dataset /d/v.csv --on-bad-row skip --num-workers 2 "
-        "--model m --dataset /d/r.jsonl --dtype bf16 --attention sdpa --quantize nf4 --no-double-quantization "
+        "--model m --dataset /d/r.jsonl --dtype bf16 --attention sdpa --quantize nf4 --engine fast "
+        "--no-double-quantization "
         "--int8-threshold 5 --add-tokens <a> --block-size 32 --train-on all "
         "--template chat --pack none --long split --rank 4 --lora-alpha 7.5 --lora-dropout 0.25 "
         "--target-modules q_proj,v_proj --layers-to-transform 0,2-3 --use-rslora --use-dora "
@@ -115,6 +116,7 @@ TYPED: list[tuple[type[StepConfig], str, dict[str, Any]]] = [
             "dtype": "bf16",
             "attention": "sdpa",
             "quantize": "nf4",
+            "engine": "fast",
             "double_quantization": False,
             "int8_threshold": 5.0,
             "add_tokens": ["<a>"],
@@ -186,7 +188,8 @@ TYPED: list[tuple[type[StepConfig], str, dict[str, Any]]] = [
     ),
     (
         PlanDevicesConfig,
-        "m --dtype fp16 --quantize int8 --no-double-quantization --attention sdpa --gpus 2x24GiB,48GB --parallel ddp "
+        "m --dtype fp16 --quantize int8 --engine standard "
+        "--no-double-quantization --attention sdpa --gpus 2x24GiB,48GB --parallel ddp "
         "--rank 4 --lora-alpha 7.5 --lora-dropout 0.25 --target-modules q_proj,v_proj --layers-to-transform 1,0 "
         "--optimizer sgd --block-size auto --batch-size 3 "
         "--gradient-accumulation-steps 2 --no-gradient-checkpointing --output /o.json --compare --probe",
@@ -194,6 +197,7 @@ TYPED: list[tuple[type[StepConfig], str, dict[str, Any]]] = [
             "model": "m",
             "dtype": "fp16",
             "quantize": "int8",
+            "engine": "standard",
             "double_quantization": False,
             "attention": "sdpa",
             "gpus": [24 * 2**30, 24 * 2**30, 48 * 10**9],

@@ -18,17 +18,17 @@ PACKAGE = ROOT / "lorakit"
 
 FLOORS = (
     ("errors", "events"),
-    ("config", "disk", "floats"),
-    ("artifacts", "doctor.finding"),
-    ("templates", "weights", "hub", "environment", "elastic", "reporting"),
+    ("config", "disk", "floats", "fast", "fast.storage"),
+    ("artifacts", "doctor.finding", "fast.kernels"),
+    ("templates", "weights", "hub", "environment", "elastic", "reporting", "fast.linear"),
     (
-        *("records", "profiling", "shapes", "parallel", "tracking", "accelerate_config"),
+        *("records", "profiling", "shapes", "parallel", "tracking", "accelerate_config", "fast.layers"),
         *("doctor.packages", "doctor.devices", "doctor.limits", "doctor.storage", "doctor.network", "doctor.report"),
     ),
     ("readers", "tokenization", "attention.implementations", "memory"),
     ("sources", "packing", "blocks", "adapters", "offloading", "attention.cases", "attention.miniature", "placement"),
     ("preparing", "model", "attention.trials", "merging.plan"),
-    ("attention.proving", "merging.quantizing", "merging.card"),
+    ("attention.proving", "merging.quantizing", "merging.card", "fast.engine"),
     ("attention", "merging.apply", "merging.verifying"),
     (
         *("evaluation", "generation", "doctor.kernels"),

@@ -14,6 +14,7 @@ merged model   base + adapter as one ordinary model
 artifact       a folder with a manifest (`lorakit.json`): whole, or not there
 check          one question about this machine: ok, warn, fail or skip, with what was found and what to do
 worker, rank   a process of a parallel run, and its number among all of them
+engine         what computes the decoder layers: transformers and PEFT (standard), or lorakit's own code (fast)
 run folder     what `train` writes: checkpoints and metrics while it runs, the adapter at its end
 
 Imports go down only:
@@ -23,13 +24,13 @@ Imports go down only:
         training.loop, merging.comparing
           evaluation, generation, training.schedule, training.optimizers, training.checkpoints, doctor.kernels
             attention, merging.apply, merging.verifying
-              attention.proving, merging.quantizing, merging.card
+              attention.proving, merging.quantizing, merging.card, fast.engine
                 preparing, model, attention.trials, merging.plan
                   sources, packing, blocks, adapters, offloading, placement, attention.cases, attention.miniature
                     readers, tokenization, attention.implementations, memory
-                      records, profiling, shapes, tracking, accelerate_config, parallel, doctor's other rooms
-                        templates, weights, hub, environment, elastic, reporting
-                          artifacts, doctor.finding
-                            config, disk, floats
+                      records, profiling, shapes, tracking, accelerate_config, parallel, fast.layers, doctor's others
+                        templates, weights, hub, environment, elastic, reporting, fast.linear
+                          artifacts, doctor.finding, fast.kernels
+                            config, disk, floats, fast.storage
                               errors, events
 """

@@ -20,7 +20,9 @@ from pydantic.fields import FieldInfo
 from lorakit.core.errors import UsageError
 
 Attention = Literal["auto", "varlen", "sdpa", "flex_attention", "eager", "flash_attention_2", "flash_attention_3"]
-Quantization = Literal["none", "int8", "nf4", "fp4"]
+Quantization = Literal["none", "int8", "nf4", "fp4", "fp8"]
+IN_8_BITS = ("int8", "fp8")
+Engine = Literal["fast", "standard"]
 Optimizer = Literal[
     "adamw",
     "adamw_8bit",
@@ -71,7 +73,10 @@ CheckName = Literal[
     "gloo",
     "nccl",
 ]
-_QUANTIZE = "Keep the base's linear layers in 8 bits (LLM.int8) or 4 (QLoRA's NF4, or FP4, with double quantization)."
+_QUANTIZE = (
+    "Keep the base's linear layers in 8 bits (int8, or fp8: 8-bit floats, which the fast engine multiplies as they "
+    "are) or 4 (QLoRA's NF4, or FP4, with double quantization)."
+)
 TEMPLATES = ("auto", "chat", "none", "alpaca", "vicuna", "llama2", "chatml")
 _DOUBLE_QUANTIZATION = "Quantize the scales of a 4-bit base too: 0.37 bits less for each of its numbers."
 _MAX_SEED = 2**63 - 1  # what torch.manual_seed takes
@@ -388,6 +393,11 @@ class ModelSection(Section):
         "varlen where a small proof finds it right.",
     )
     quantize: Quantization = setting("none", _QUANTIZE)
+    engine: Literal["auto", "fast", "standard"] = setting(
+        "auto",
+        "What computes the decoder layers: lorakit's own code for Llama, Mistral and Qwen (fast), or transformers, "
+        "peft and bitsandbytes (standard). auto: fast on a GPU where model and settings allow it.",
+    )
     double_quantization: bool = setting(True, _DOUBLE_QUANTIZATION)
     int8_threshold: float = setting(
         6.0, "Inputs larger than this are multiplied in 16 bits over an 8-bit base (LLM.int8).", ge=0
@@ -616,6 +626,9 @@ class PlannedModelSection(Section):
         "auto", "Number type of the base. auto: bf16 on GPUs, fp32 on a CPU."
     )
     quantize: Quantization = setting("none", _QUANTIZE)
+    engine: Literal["auto", "fast", "standard"] = setting(
+        "auto", "What train will compute the decoder layers with. auto: fast where train would take it, on new GPUs."
+    )
     double_quantization: bool = setting(True, _DOUBLE_QUANTIZATION)
     attention: Attention = setting(
         "auto", "Implementation of attention that train will use. auto: varlen, which keeps least."
@@ -1034,8 +1047,13 @@ class TrainConfig(StepConfig):
                 f"found --num-processes or --num-machines with --parallel {devices.parallel or 'left out'}, "
                 "need --parallel ddp or fsdp (split works in one process)"
             )
-        if devices.parallel == "fsdp" and quantize == "int8":
-            yield "found --parallel fsdp with --quantize int8, need none, nf4 or fp4: int8 can't be cut into shards"
+        if devices.parallel == "fsdp" and quantize in IN_8_BITS:
+            yield (
+                f"found --parallel fsdp with --quantize {quantize}, need none, nf4 or fp4: {quantize} can't be cut "
+                "into shards"
+            )
+        if self.model.engine == "standard" and quantize == "fp8":
+            yield "found --quantize fp8 with --engine standard, need --engine fast or auto: only that one knows it"
         if (devices.num_machines > 1) != (devices.rendezvous is not None):
             yield "found one of --num-machines and --rendezvous, need both: --num-machines 2 --rendezvous HOST:PORT"
         if devices.rendezvous is not None and not re.fullmatch(r"[^\s:]+:[1-9]\d{0,4}", devices.rendezvous):

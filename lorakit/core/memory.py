@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple
 
-from lorakit.core.config import Optimizer, PlanDevicesConfig, Quantization, TrainConfig
+from lorakit.core.config import Engine, Optimizer, PlanDevicesConfig, Quantization, TrainConfig
 from lorakit.core.shapes import Module, Shape
 
 LOSS_TOKENS = 256
+_LOGITS = 2**25
 """Trained tokens whose logits exist at once: of a vocabulary of 128,256 they and what the loss makes of them take
 0.4 GB, where those of 2,048 tokens take 3."""
 
@@ -71,6 +72,7 @@ class Workload:
     optimizer: Optimizer = "adamw"
     double_quantization: bool = True
     layers_to_transform: tuple[int, ...] = ()
+    engine: Engine = "standard"
 
     @classmethod
     def of(
@@ -82,6 +84,7 @@ class Workload:
         *,
         accumulates: bool,
         on_gpu: bool,
+        engine: Engine,
     ) -> "Workload":
         """What `config` asks for, with what it may leave open: the number type, the block, the batch, and whether
         gradients are kept from one micro-step to the next. Attention that is left open is varlen."""
@@ -99,6 +102,7 @@ class Workload:
             optimizer=config.optimizer_kind.optimizer,
             double_quantization=config.model.double_quantization,
             layers_to_transform=config.lora.layers_to_transform,
+            engine=engine,
         )
 
     @property
@@ -114,6 +118,11 @@ class Workload:
     @property
     def element_bytes(self) -> int:
         return 4 if self.dtype == "fp32" else 2
+
+
+def loss_tokens(engine: Engine, vocab_size: int) -> int:
+    """Tokens whose logits exist at a time: with the fast engine as many as keep the GPU busy, some 400 MB of logits."""
+    return max(LOSS_TOKENS, _LOGITS // vocab_size // LOSS_TOKENS * LOSS_TOKENS) if engine == "fast" else LOSS_TOKENS
 
 
 class Part(NamedTuple):
@@ -155,7 +164,8 @@ class Bytes(NamedTuple):
 def weight_bytes(module: Module, work: Workload, *, quantized: bool) -> int:
     """A frozen module's tensors, each rounded up as torch allocates it.
 
-    int8: a byte an element, an fp32 scale a row (Dettmers et al. 2022, LLM.int8(); bitsandbytes Int8Params: CB, SCB).
+    int8: a byte an element, an fp32 scale a row (Dettmers et al. 2022, LLM.int8(); bitsandbytes Int8Params: CB, SCB);
+    fp8 likewise.
     nf4, fp4: half a byte an element, for each 64 of them an fp32 scale and a code table of 16 fp32 numbers; with double
     quantization a byte of scale, for each 256 of those an fp32 one, an offset, and another table of 256 (Dettmers et
     al. 2023, QLoRA; bitsandbytes QuantState). The rest: the base's own number type.
@@ -166,7 +176,7 @@ def weight_bytes(module: Module, work: Workload, *, quantized: bool) -> int:
     bias = _rounded(work.element_bytes * module.out_features) if module.bias else 0
     if not quantized or work.quantize == "none":
         return _rounded(work.element_bytes * elements) + bias
-    if work.quantize == "int8":
+    if work.quantize in ("int8", "fp8"):
         return _rounded(elements) + _rounded(4 * module.out_features) + bias
     scales = -(-elements // 64)
     if not work.double_quantization:
@@ -384,6 +394,7 @@ class StepMemory:
         targets = self._targets.get(number, [])
         modules = self._modules.get(number, [])
         kind = (len(targets), sum(module.parameters for module in modules), *(_leaf(module) for module in targets))
+        fast = self.work.engine == "fast"
         if kind not in kinds:
             moved = {module.name: self._moved(module) for module in modules}
             kinds[kind] = _Layer(
@@ -391,8 +402,10 @@ class StepMemory:
                 moved=sum(moved.values()),
                 parameters=lora_parameters(targets, self.work.rank),
                 optimizer=optimizer_bytes(targets, self.work),
-                kept=_kept(self.shape, self.work, targets, all_of_it=True),
-                moments=_moments(self.shape, self.work, targets, moved, reentrant=self._reentrant),
+                kept=(_fast_kept if fast else _kept)(self.shape, self.work, targets, all_of_it=True),
+                moments=_fast_moments(self.shape, self.work, targets)
+                if fast
+                else _moments(self.shape, self.work, targets, moved, reentrant=self._reentrant),
             )
         return kinds[kind]
 
@@ -448,6 +461,62 @@ def _kept(shape: Shape, work: Workload, targets: list[Module], *, all_of_it: boo
     copies = 2 * lora_parameters(counted, work.rank) if e == 2 else 0
     attention = _attention_kept(shape, work, read=_inputs_kept(q, work, targets, ("o_proj",)) > 0)
     return work.tokens * (norms + attention + inputs + swiglu + len(counted) * e * work.rank) + copies
+
+
+def _fast_kept(shape: Shape, work: Workload, targets: list[Module], *, all_of_it: bool) -> int:
+    """What the fast engine keeps of one layer between its forward and its backward pass, in bytes; without `all_of_it`,
+    as far as the end of its attention. Each layer is compiled: what is cheap to compute again isn't kept.
+
+    RMSNorm (two)        its input and 1/rms, and its output, which LoRA reads           2eh + 4
+    attention            queries, keys, values, output, fp32 logsumexp                   e(2q + 2kv) + 4a
+    Qwen3's own norms    queries and keys before them, and 1/rms                         e(q + kv) + 4 for each head
+    SwiGLU, down         gate, up, and their product                                     3ei
+    LoRA                 A's outputs, for all layers of a group as wide as the widest, in steps of 16      er each
+                         and 16-bit copies, as wide                                      2P
+    """
+    e, h, i = work.element_bytes, shape.hidden_size, shape.intermediate_size
+    q, kv, heads = shape.q_size, shape.kv_size, shape.num_heads
+    a_token = 2 * e * h + 4 + e * (2 * q + 2 * kv) + 4 * heads
+    if shape.qk_norms:
+        a_token += e * (q + kv) + 4 * (heads + shape.num_kv_heads)
+    groups = [(_ATTENTION_INPUTS, h, (q, kv, kv)), (("o_proj",), q, (h,))]
+    if all_of_it:
+        a_token += 2 * e * h + 4 + 3 * e * i
+        groups += [(_MLP_INPUTS, h, (i, i)), (("down_proj",), i, (h,))]
+    rank, copies = -(-work.rank // 16) * 16, 0
+    for leaves, inputs, outputs in groups:
+        if any(_leaf(module) in leaves for module in targets):
+            a_token += e * rank * len(outputs)
+            copies += e * rank * (len(outputs) * inputs + sum(outputs))
+    return work.tokens * a_token + copies
+
+
+def _fast_moments(shape: Shape, work: Workload, targets: list[Module]) -> list[tuple[int, int, int]]:
+    """As `_moments`, of the fast engine. `matrix`: the bytes of what a stored number is made into for a backward pass:
+    codes in another order (fp8), through 16 bits (nf4, fp4), 16 bits (int8).
+
+    down: the layer's gradient, rounded to 8 bits, and its input's gradient ei. SwiGLU: that, and what comes of it, 2ei.
+    gate and up: these as 8 bits, 2i, and the gradient of their input, eh. Attention as in `_moments`.
+    """
+    e, h, i, tokens = work.element_bytes, shape.hidden_size, shape.intermediate_size, work.tokens
+    twice = tokens * e * h if work.gradient_checkpointing else 0  # the layer's input, which checkpointing keeps too
+    kept = _fast_kept(shape, work, targets, all_of_it=True) - twice
+    until_mlp = _fast_kept(shape, work, targets, all_of_it=False) - twice
+    down = [module for module in targets if _leaf(module) == "down_proj"]
+    late = [module for module in targets if not _is_early(module)]
+    of_down, of_mlp, of_all = (4 * lora_parameters(modules, work.rank) for modules in (down, late, targets))
+    matrix = {"none": 0, "int8": 2, "fp8": 1}.get(work.quantize, 3) * h * i
+    rounded = 1 if work.quantize in ("fp8", "nf4", "fp4") else 0
+    gradient, one = tokens * e * h, tokens * e * i
+    wide = 2 * e * shape.q_size if shape.num_kv_heads != shape.num_heads else 0
+    flash = 2 * e * (shape.q_size + shape.kv_size) + 4 * shape.q_size + 4 * shape.num_heads + wide
+    return [
+        (of_down, 0, kept + gradient + one + matrix + rounded * tokens * h),
+        (of_down, 0, kept + gradient + 2 * one),
+        (of_mlp, 0, kept - 3 * one + gradient + 2 * one + gradient + 2 * matrix + rounded * tokens * 2 * i),
+        (of_mlp, 0, until_mlp + gradient + tokens * flash),
+        (of_all, 0, 4 * gradient),
+    ]
 
 
 def _attention_kept(shape: Shape, work: Workload, *, read: bool) -> int:

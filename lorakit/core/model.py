@@ -23,6 +23,7 @@ from lorakit.core.adapters import Adapter, base_folder, match, open_adapter
 from lorakit.core.config import LoraKindSection, LoraSection, is_pattern
 from lorakit.core.errors import EnvironmentUnusable, InputRefused, first_line, is_out_of_memory
 from lorakit.core.events import Notice, Report
+from lorakit.core.fast.storage import FrozenLinear
 from lorakit.core.hub import model_folder
 from lorakit.core.offloading import lora_to_devices, offload, offloaded
 from lorakit.core.shapes import FAMILIES, Module, Shape, is_called, refuse_uncounted, shape_of
@@ -154,6 +155,8 @@ class _Quantizing(NamedTuple):
     quantize: str
     dtype: torch.dtype
     double_quantization: bool
+    by_rows: bool = False
+    """8-bit integers by lorakit's own layer, which keeps no outliers apart, instead of LLM.int8."""
 
 
 def load_base(
@@ -166,22 +169,26 @@ def load_base(
     *,
     double_quantization: bool = True,
     int8_threshold: float = 6.0,
+    fast: bool = False,
 ) -> PreTrainedModel:
     """The base model, frozen and in evaluation mode, its linear layers quantized while they are loaded; on `device`, or
-    where `device_map` says. Layers that `computed_on` names lie in CPU memory and are computed there.
+    where `device_map` says. Layers that `computed_on` names lie in CPU memory and are computed there. `fast`: for the
+    fast engine, which multiplies by 8-bit integers as they are.
 
     Raises InputRefused where transformers can't build it whole.
     """
-    if computed_on:
+    own = quantize == "fp8" or (fast and quantize == "int8")
+    if computed_on or own:
         # As the files have it, which is read when it is placed: another number type would be a copy of the whole model.
         model = _from_pretrained(weights, "auto", None, None)
-        quantizing = _Quantizing(quantize, dtype, double_quantization)
-        _place(model, quantizing, {**(device_map or {}), **computed_on}, computed_on)
+        quantizing = _Quantizing(quantize, dtype, double_quantization, by_rows=own)
+        places = {**(device_map or {}), **(computed_on or {})} or {"": str(device)}
+        _place(model, quantizing, places, computed_on or ())
     else:
         quantization = _quantization(quantize, dtype, double_quantization, int8_threshold)
-        places: Any = dict(device_map) if device_map else {"": device} if quantization else None
-        model = _from_pretrained(weights, dtype, quantization, places)
-        model = model if places else model.to(device)
+        mapped: Any = dict(device_map) if device_map else {"": device} if quantization else None
+        model = _from_pretrained(weights, dtype, quantization, mapped)
+        model = model if mapped else model.to(device)
     for module in model.modules():
         # bitsandbytes would lay 4-bit weights out anew for a CPU's inference, at the first evaluation of a run: with
         # other rounding, and only where sizes are multiples of 64 (Linear4bit.forward, 0.50)
@@ -244,7 +251,8 @@ def _place(
         if name in in_cpu_memory:
             offload(module, device)
     model.config.dtype = how.dtype
-    model.is_loaded_in_8bit, model.is_loaded_in_4bit = how.quantize == "int8", how.quantize in ("nf4", "fp4")
+    model.is_loaded_in_8bit = how.quantize == "int8" and not how.by_rows
+    model.is_loaded_in_4bit = how.quantize in ("nf4", "fp4")
     if len(set(devices.values())) > 1:  # what crosses over is moved as from_pretrained has it moved: by accelerate
         first, skipped = next(iter(devices.values())), model._skip_keys_device_placement
         add_hook_to_module(model, AlignDevicesHook(first, io_same_device=True, skip_keys=skipped))
@@ -258,7 +266,11 @@ def _quantize(module: torch.nn.Module, head: torch.nn.Module, how: "_Quantizing"
     for name, linear in linears:
         if linear is not head and how.quantize != "none":
             there = linear.to(device, how.dtype)
-            module.set_submodule(name, quantized(there, how.quantize, how.dtype, how.double_quantization))
+            if how.by_rows:
+                made: torch.nn.Module = FrozenLinear(there, how.quantize)
+            else:
+                made = quantized(there, how.quantize, how.dtype, how.double_quantization)
+            module.set_submodule(name, made)
 
 
 def _quantization(

@@ -20,9 +20,17 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from lorakit import __version__
-from lorakit.core.config import differences
+from lorakit.core.config import IN_8_BITS, differences
 from lorakit.core.errors import EnvironmentUnusable, InputRefused, Mismatch, OutOfMemory, UsageError
-from lorakit.core.memory import CPU_PROCESS_BYTES, AttentionKind, Bytes, Part, StepMemory, Workload
+from lorakit.core.memory import (
+    CPU_PROCESS_BYTES,
+    LOSS_TOKENS,
+    AttentionKind,
+    Bytes,
+    Part,
+    StepMemory,
+    Workload,
+)
 from lorakit.core.shapes import Shape
 from lorakit.core.weights import read_json_object
 
@@ -37,10 +45,15 @@ _SHAPE = (
     *("vocab_size", "tied", "parameters"),
 )
 
-_OPERATIONS_PER_SECOND = {"none": 325e12, "int8": 103e12, "nf4": 270e12, "fp4": 270e12}
-"""What one H200 computes in a second in training steps of transformers + PEFT + bitsandbytes, second forward passes
-included: 8,221, 2,594 and 6,826 tokens/s at 6 × 6.6e9 operations a token (Llama-2-7B, blocks of 2,048, rank 16 on all
-linear layers, gradient checkpointing; measured 2026-11-24 with torch 2.11). Another card is slower in proportion."""
+_OPERATIONS_PER_SECOND = {
+    "standard": {"none": 325e12, "int8": 103e12, "nf4": 270e12, "fp4": 270e12},
+    "fast": {"none": 487e12, "int8": 442e12, "nf4": 636e12, "fp4": 636e12, "fp8": 729e12},
+}
+"""What one GPU of the Hopper generation computes in a second in training steps of an engine, second forward passes
+included: tokens/s × 6 × 6.6e9 operations a token (Llama-2-7B, blocks of 2,048, rank 16 on all linear layers, gradient
+checkpointing, torch 2.11). Standard, on an H200 (2026-11-24): 8,221 none, 2,594 int8, 6,826 nf4. Fast, on an H100
+(2026-11-26), where the standard engine does 8,205: 16,065 nf4, 18,420 fp8, of rank 64 12,296 none and 11,162 int8.
+Another card is slower in proportion."""
 
 _BUS_BYTES_PER_SECOND = 63e9
 """What a PCIe 5.0 bus of 16 lanes carries one way at most (PCI-SIG): 32 GT/s × 16 × 128/130 bits."""
@@ -115,7 +128,7 @@ class Plan:
             return None
         operations = (6 if self.work.gradient_checkpointing else 4) * self.shape.parameters
         at_once = 1 if self.parallel == "split" else len(self.loads)
-        computed = operations / _OPERATIONS_PER_SECOND[self.work.quantize]
+        computed = operations / _OPERATIONS_PER_SECOND[self.work.engine][self.work.quantize]
         copied = 2 * self.offloaded_bytes / _BUS_BYTES_PER_SECOND / self.work.tokens
         return at_once / (computed + copied)
 
@@ -174,6 +187,8 @@ def make_plan(
     UsageError where layers can't be offloaded (`budgets` has the CPU beside GPUs).
     """
     devices: list[Device] = [device for device in budgets if device != "cpu"] or list(budgets)
+    if parallel == "fsdp" or (parallel == "split" and len(budgets) > 1):  # which the fast engine leaves to the other
+        work = replace(work, engine="standard", loss_tokens=LOSS_TOKENS)
     may_offload = len(devices) < len(budgets)
     if may_offload:
         _require_offload(work, parallel)
@@ -225,10 +240,10 @@ def _require_offload(work: Workload, parallel: Parallel) -> None:
             "--cpu beside --gpus: found no gradient checkpointing, need it",
             "without, every offloaded layer would stay on the GPU from its forward to its backward pass",
         )
-    if work.quantize == "int8":
+    if work.quantize in IN_8_BITS:
         raise UsageError(
-            "--cpu beside --gpus: found --quantize int8, need none, nf4 or fp4",
-            "bitsandbytes keeps what belongs to an int8 weight outside of it, where it can't be offloaded",
+            f"--cpu beside --gpus: found --quantize {work.quantize}, need none, nf4 or fp4",
+            "what belongs to a weight in 8 bits lies outside of it, where it can't be offloaded",
         )
 
 

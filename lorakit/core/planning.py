@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from lorakit.core import disk
-from lorakit.core.config import PlanDevicesConfig, option_name
+from lorakit.core.config import IN_8_BITS, Engine, PlanDevicesConfig, option_name
 from lorakit.core.environment import free_gpu_bytes, free_ram_bytes
 from lorakit.core.errors import UsageError
 from lorakit.core.events import Notice, Report
-from lorakit.core.memory import Workload
+from lorakit.core.memory import Workload, loss_tokens
 from lorakit.core.placement import Budgets, Parallel, Plan, corrected, make_plan, read_plan
 from lorakit.core.shapes import FAMILIES, Shape, built_in, config_of, shape_of
 
@@ -75,14 +75,16 @@ def plan_devices(config: PlanDevicesConfig, report: Report) -> Planned:
     budgets = _budgets(config, report)
     on_cpu = list(budgets) == ["cpu"]
     dtype = ("fp32" if on_cpu else "bf16") if config.model.dtype == "auto" else config.model.dtype
-    if config.model.quantize == "int8" and config.devices.parallel == "fsdp":
+    if (kind := config.model.quantize) in IN_8_BITS and config.devices.parallel == "fsdp":
         raise UsageError(
-            "--parallel fsdp: found --quantize int8, need none, nf4 or fp4", "int8 can't be cut into shards"
+            f"--parallel fsdp: found --quantize {kind}, need none, nf4 or fp4", f"{kind} can't be cut into shards"
         )
     block, batch = config.batch.block_size, config.batch.batch_size
     first = (512 if block == "auto" else block, 1 if batch == "auto" else batch)
     accumulates = config.batch.gradient_accumulation_steps > 1
-    work = Workload.of(config, dtype, *first, accumulates=accumulates, on_gpu=not on_cpu)
+    engine = _engine(config, shape, budgets, dtype)
+    work = Workload.of(config, dtype, *first, accumulates=accumulates, on_gpu=not on_cpu, engine=engine)
+    work = replace(work, loss_tokens=loss_tokens(engine, shape.vocab_size))
 
     probed = None
     if config.plan.probe:
@@ -114,11 +116,38 @@ def plan_devices(config: PlanDevicesConfig, report: Report) -> Planned:
     return Planned(plan, suggestions, compared, probed, moved)
 
 
+def _engine(config: PlanDevicesConfig, shape: Shape, budgets: Budgets, dtype: str) -> Engine:
+    """The engine that train will take, as far as it doesn't depend on the GPU itself. Raises UsageError where one is
+    asked for that these settings can't have."""
+    asked, quantize = config.model.engine, config.model.quantize
+    reasons = {
+        f"the model type {shape.model_type!r}": not shape.known,
+        f"--lora-dropout {config.lora.lora_dropout:g}": config.lora.lora_dropout > 0,
+        "--dtype fp16": dtype == "fp16",
+        f"--parallel {config.devices.parallel} over several devices": (
+            len(budgets) > 1 and config.devices.parallel != "ddp"
+        ),
+        "--parallel fsdp": config.devices.parallel == "fsdp",
+        "a CPU": "cpu" in budgets,
+        "--output, a plan that lays layers out over devices": config.plan.output is not None,
+    }
+    reason = next((reason for reason, holds in reasons.items() if holds), None)
+    if reason is None:
+        return "standard" if asked == "standard" else "fast"
+    if asked == "fast" or quantize == "fp8":
+        needed = "--engine fast" if asked == "fast" else "--quantize fp8"
+        raise UsageError(
+            f"{needed}: found {reason}, need what the fast engine can do",
+            "leave out --engine" if quantize != "fp8" else "choose another --quantize, or one GPU or --parallel ddp",
+        )
+    return "standard"
+
+
 def next_command(config: PlanDevicesConfig, plan: Plan) -> str:
     """The command that trains as it was planned."""
     given, usual = config.flat(), PlanDevicesConfig.resolve((None, {"model": config.model.model})).flat()
     names = (
-        *("dtype", "quantize", "attention", "rank", "lora_alpha", "lora_dropout", "target_modules"),
+        *("dtype", "quantize", "engine", "attention", "rank", "lora_alpha", "lora_dropout", "target_modules"),
         *("layers_to_transform", "optimizer", "batch_size", "gradient_accumulation_steps"),
     )
     given |= {"batch_size": plan.work.batch_size}
@@ -181,7 +210,7 @@ def _choose(
         return _make(shape, budgets, work, parallel, factor)
     gpus = _gpus(budgets)
     ways: list[Parallel] = ["ddp", "fsdp"] if len(gpus) > 1 else []
-    plans = (_make(shape, gpus, work, way, factor) for way in ways if (way, work.quantize) != ("fsdp", "int8"))
+    plans = (_make(shape, gpus, work, way, factor) for way in ways if way == "ddp" or work.quantize not in IN_8_BITS)
     fitting = next((plan for plan in plans if plan.fits), None)
     return fitting or _make(shape, budgets, work, "split", factor)
 
@@ -216,7 +245,7 @@ def _changes(plan: Plan, budgets: Budgets, parallel: Asked, factor: float) -> It
         tried.append(("checkpointing", "--gradient-checkpointing", again(replace(work, gradient_checkpointing=True))))
     if work.quantize == "none" and parallel != "fsdp" and not offloads:  # int8 can be neither sharded nor offloaded
         tried.append(("an 8-bit base", "--quantize int8", again(replace(work, quantize="int8"))))
-    if work.quantize in ("none", "int8"):
+    if work.quantize in ("none", *IN_8_BITS):
         tried.append(("a 4-bit base", "--quantize nf4", again(replace(work, quantize="nf4"))))
     steps = _largest(lambda size: again(replace(work, block_size=64 * size)).fits, (work.block_size - 1) // 64)
     if steps:
@@ -226,16 +255,16 @@ def _changes(plan: Plan, budgets: Budgets, parallel: Asked, factor: float) -> It
     rank = _largest(lambda rank: again(replace(work, rank=rank)).fits, work.rank - 1)
     if rank:
         tried.append((f"rank {rank}", f"--rank {rank}", again(replace(work, rank=rank))))
-    if len(gpus) > 1 and parallel in ("split", "ddp") and work.quantize != "int8" and not offloads:
+    if len(gpus) > 1 and parallel in ("split", "ddp") and work.quantize not in IN_8_BITS and not offloads:
         tried.append(("shards of all weights", "--parallel fsdp", again(work, parallel="fsdp")))
     if len(gpus) > 1 and parallel == "ddp":
         tried.append(("layers over devices", "--parallel split", again(work, parallel="split")))
-    if gpus and parallel in ("split", "auto") and work.gradient_checkpointing and work.quantize != "int8":
+    if gpus and parallel in ("split", "auto") and work.gradient_checkpointing and work.quantize not in IN_8_BITS:
         room = again(work, budgets={**budgets, "cpu": 2**60}).loads[-1].bytes.total
         size = -(-room // 2**30)
         offloading = again(work, budgets={**budgets, "cpu": size * 2**30})
         tried.append((f"{len(offloading.computed_on)} layers in CPU memory", f"--cpu {size}GiB", offloading))
-    if gpus and parallel != "ddp":
+    if gpus and parallel != "ddp" and work.quantize != "fp8":
         more: Budgets = {**gpus, len(gpus): max(gpus.values()), **budgets}
         tried.append(("one more GPU", f"--gpus {_typed(more)}", again(work, budgets=more)))
     yield from (Suggestion(*change) for change in tried if change[2].fits)

@@ -26,7 +26,9 @@ import torch  # noqa: E402
 from lorakit.core.attention import apply  # noqa: E402
 from lorakit.core.blocks import Batch  # noqa: E402
 from lorakit.core.config import TrainConfig  # noqa: E402
-from lorakit.core.memory import Bytes, Part, StepMemory, Workload  # noqa: E402
+from lorakit.core.fast.engine import make_fast  # noqa: E402
+from lorakit.core.fast.storage import FrozenLinear  # noqa: E402
+from lorakit.core.memory import Bytes, Part, StepMemory, Workload, loss_tokens  # noqa: E402
 from lorakit.core.model import (  # noqa: E402
     add_lora,
     autocast,
@@ -47,7 +49,7 @@ from tests.live import LiveBytes  # noqa: E402
 
 class Row(NamedTuple):
     """One configuration. `layers`: fewer than the model has, for long blocks; 0: all. `full`: all logits at once.
-    `offloaded`: so many of the first layers lie in CPU memory."""
+    `offloaded`: so many of the first layers lie in CPU memory. `engine`: as train's option, but auto."""
 
     model: str
     quantize: str
@@ -59,6 +61,7 @@ class Row(NamedTuple):
     layers: int = 0
     offloaded: int = 0
     optimizer: str = "adamw"
+    engine: str = "standard"
 
 
 ROWS = [
@@ -140,7 +143,8 @@ def workload(row: Row, device: torch.device) -> Workload:
         accumulates=False,
         gradient_checkpointing=row.checkpointing,
         attention="varlen" if device.type == "cuda" else "sdpa",
-        loss_tokens=10**9 if row.full else 256,
+        loss_tokens=10**9 if row.full else loss_tokens(row.engine, config_for(row)["vocab_size"]),  # type: ignore[arg-type]
+        engine=row.engine,  # type: ignore[arg-type]
         optimizer=row.optimizer,  # type: ignore[arg-type]
     )
 
@@ -166,10 +170,13 @@ def random_base(row: Row, device: torch.device) -> Any:
             setattr(module, key, torch.nn.Parameter(made, requires_grad=False))
         if isinstance(module, torch.nn.Linear) and module is not head and row.quantize != "none":
             parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, quantized(module, row.quantize, torch.bfloat16))
+            own = row.engine == "fast" and row.quantize in ("int8", "fp8")
+            made = FrozenLinear(module, row.quantize) if own else quantized(module, row.quantize, torch.bfloat16)
+            setattr(model.get_submodule(parent), leaf, made)
     with torch.device(device):
         model.model.rotary_emb = type(model.model.rotary_emb)(config)
-    model.is_loaded_in_8bit, model.is_loaded_in_4bit = row.quantize == "int8", row.quantize in ("nf4", "fp4")
+    model.is_loaded_in_8bit = row.quantize == "int8" and row.engine == "standard"
+    model.is_loaded_in_4bit = row.quantize in ("nf4", "fp4")
     model.requires_grad_(False)
     model.config.use_cache = False
     for layer in model.model.layers[: row.offloaded]:
@@ -201,10 +208,13 @@ def training_run(row: Row, base: Any, device: torch.device) -> loop.Run:
     run.config, run.world, run.device, run.state = config, alone(device), device, State()
     run.blocks = RandomBlocks(row, base.config.vocab_size)  # type: ignore[assignment]
     run.schedule, run.batch_size = Schedule(1000, row.batch, 1000, 0), row.batch
+    run.loss_tokens = workload(row, device).loss_tokens
     run.model = add_lora(base, config.lora, 0, row.model, config.lora_kind)
     assert all(parameter.device.type == device.type for parameter in trained_parameters(run.model).values())
     assert bool(offloaded(base)) is bool(row.offloaded)
     make_ready(run.model, torch.bfloat16, checkpointing=row.checkpointing)
+    if row.engine == "fast":
+        make_fast(run.model, row.quantize)
     run.scaled, run.autocast = False, autocast(device, torch.bfloat16)
     run.names = trained_names(run.model)
     run.parameters = trained_parameters(run.model, run.names)
@@ -230,8 +240,8 @@ def measure(row: Row, base: Any, device: torch.device, shape: Shape) -> dict[str
     def allocated() -> int:
         return torch.cuda.memory_allocated() if cuda else 0
 
-    def watched(model: Any, batch: Batch) -> torch.Tensor:
-        loss = original(model, batch, workload(row, device).loss_tokens)
+    def watched(model: Any, batch: Batch, chunk_tokens: int) -> torch.Tensor:
+        loss = original(model, batch, chunk_tokens)
         found["forward_peak"] = torch.cuda.max_memory_allocated() if cuda else 0
         found["after_forward"] = allocated()
         return loss

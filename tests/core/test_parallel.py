@@ -34,8 +34,9 @@ KINDS: Mapping[str, tuple[str, ...]] = {
     "bf16": ("--dtype", "bf16"),
     "fp16": ("--dtype", "fp16"),
     "int8": ("--dtype", "fp32", "--quantize", "int8"),
+    "fast": ("--dtype", "fp32", "--quantize", "fp8", "--engine", "fast"),
 }
-EXACT = {"fp32": 1e-5, "nf4": 1e-5, "bf16": 2e-3, "fp16": 2e-3, "int8": 2e-3}
+EXACT = {"fp32": 1e-5, "nf4": 1e-5, "bf16": 2e-3, "fp16": 2e-3, "int8": 2e-3, "fast": 1e-5}
 """How far losses may be from one process's, as a share: 16 bits and int8's dynamic scales see other sums."""
 
 COMMON = ("--effective-batch-size", "4", "--learning-rate", "5e-3", "--rank", "8", "--keep-checkpoints", "9")
@@ -121,7 +122,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
 EPOCHS = 3.2
 STEPS = ("--epochs", str(EPOCHS), "--eval-steps", "3")
 """Of nine blocks, by fours: windows across epochs, and a last one of which a process gets nothing."""
-PAIRS = [(parallel, kind) for parallel in ("ddp", "fsdp") for kind in KINDS if (parallel, kind) != ("fsdp", "int8")]
+NOT_SHARDED = ("int8", "fast")
+PAIRS = [(way, kind) for way in ("ddp", "fsdp") for kind in KINDS if way == "ddp" or kind not in NOT_SHARDED]
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,8 @@ def there_and_back(stored: Stored, rounding: Rounding | None) -> Rows:
     """The rows of a tensor after quantization and back, bit for bit bitsandbytes'; without a rounding as they are."""
     if rounding is None:
         return stored.rows
+    if rounding.kind == "fp8":
+        return _by_row_to_fp8(stored, rounding)
     return _by_row(stored) if rounding.kind == "int8" else _by_block(stored, rounding)
 
 
@@ -34,6 +36,20 @@ def _by_row(stored: Stored) -> Rows:
         values = torch.from_numpy(stored.rows(start, stop, scratch)).to(torch.float16)
         codes, scales, _ = functional.int8_vectorwise_quant(values)
         return np.asarray(functional.int8_vectorwise_dequant(codes, scales).numpy())
+
+    return rows
+
+
+def _by_row_to_fp8(stored: Stored, rounding: Rounding) -> Rows:
+    """As the fast engine stores 8-bit floats: rows of the run's number type, each with its largest number as 448."""
+    import torch
+
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[rounding.dtype]
+
+    def rows(start: int, stop: int, scratch: Scratch) -> NDArray[Any]:
+        values = torch.from_numpy(stored.rows(start, stop, scratch)).to(dtype).float()
+        scales = values.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 448
+        return np.asarray(((values / scales).to(torch.float8_e4m3fn).float() * scales).to(dtype).float().numpy())
 
     return rows
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lorakit.core import adapters, artifacts
 from lorakit.core.artifacts import Artifact
-from lorakit.core.config import TrainConfig
+from lorakit.core.config import Engine, TrainConfig
 from lorakit.core.errors import ArtifactDamaged
 from lorakit.core.events import Notice, Report
 
@@ -40,6 +40,8 @@ class State:
     """The implementation that the first step was computed with: the others are too."""
     dtype: str = ""
     """The number type of the base that it was computed with."""
+    engine: Engine = "standard"
+    """What it was computed with."""
     best_step: int = 0
     best_loss: float | None = None
     evaluations_without_better: int = 0

@@ -19,10 +19,11 @@ from lorakit.core import adapters, artifacts, disk
 from lorakit.core.artifacts import Artifact
 from lorakit.core.attention import apply
 from lorakit.core.blocks import VALIDATION, Batch, Blocks
-from lorakit.core.config import SamplingSection, TrainConfig, differences, option_name
+from lorakit.core.config import Engine, SamplingSection, TrainConfig, differences, option_name
 from lorakit.core.environment import free_ram_bytes
 from lorakit.core.errors import (
     ArtifactDamaged,
+    EnvironmentUnusable,
     InputRefused,
     LorakitError,
     Mismatch,
@@ -36,9 +37,10 @@ from lorakit.core.errors import (
 )
 from lorakit.core.evaluation import loss_sum, mean_loss, perplexity
 from lorakit.core.events import Notice, Progress, Report
+from lorakit.core.fast.engine import lacking, make_fast
 from lorakit.core.generation import answer
 from lorakit.core.hub import model_folder
-from lorakit.core.memory import CONTEXT_BYTES, Workload, attention_kind
+from lorakit.core.memory import CONTEXT_BYTES, Workload, attention_kind, loss_tokens
 from lorakit.core.model import (
     Opened,
     add_lora,
@@ -105,7 +107,9 @@ class Run:
         self._require_usable()
         self.schedule = schedule_of(config, blocks)
         self.learning_rate = LearningRate(config, self.schedule.steps)
-        self.state = State(attention=str(checkpoint.facts["attention"]) if checkpoint is not None else "")
+        self.state = State()
+        if checkpoint is not None:
+            self.state.attention, self.state.engine = checkpoint.facts["attention"], checkpoint.facts["engine"]
         self.checkpoints = Checkpoints(folder, config, parents, report)
         dtype = pick_dtype(config.model.dtype, self.device)
         require_device(dtype, self.device, report)
@@ -124,6 +128,9 @@ class Run:
                 f"need those of {config.model.model}",
                 f"`lorakit prepare … --tokenizer {config.model.model}`, with the same --add-tokens",
             )
+        begun_on = self.state.engine if checkpoint is not None else None
+        self.state.engine = _engine(config, weights.config, dtype, self.device, begun_on, report)
+        self.loss_tokens = loss_tokens(self.state.engine, int(weights.config.get("vocab_size") or 1))
         self.batch_size, self.plan = self._plan(weights, dtype)
         self.model = self._make_model(weights, dtype)
         for part in (blocks, self.held_out):
@@ -134,7 +141,9 @@ class Run:
         self.names = trained_names(self.model)
         if world.parallel == "fsdp":
             world.shard(self.model, decoder_layers(self.model))
-        if config.batch.torch_compile:
+        if self.state.engine == "fast":
+            make_fast(self.model, config.model.quantize)
+        elif config.batch.torch_compile:
             compile_layers(self.model)
         self.parameters = trained_parameters(self.model, self.names)
         self.scaled, self.autocast = dtype is torch.float16, autocast(self.device, dtype)
@@ -203,7 +212,9 @@ class Run:
             1 if asked == "auto" else asked,
             accumulates=asked == "auto" or each > asked,
             on_gpu=on_gpu,
+            engine=self.state.engine,
         )
+        work = replace(work, loss_tokens=self.loss_tokens)
         parallel: Literal["ddp", "fsdp", "split"] = self.world.parallel or "split"
         budgets = self._budgets(on_gpu, everything=path is not None or config.devices.parallel == "split")
         batch_size = largest_batch(shape, work, budgets, parallel, each) if asked == "auto" else asked
@@ -238,6 +249,7 @@ class Run:
             *((followed.device_map, followed.computed_on) if followed is not None else ()),
             double_quantization=config.model.double_quantization,
             int8_threshold=config.model.int8_threshold,
+            fast=self.state.engine == "fast",
         )
         self.state.attention = _attention(base, config, self.state.attention, self.report)
         self.report(Notice(f"attention: {self.state.attention}"))
@@ -391,7 +403,7 @@ class Run:
             batch, share = (batches[mine], factor) if mine < len(batches) else (batches[turn], 0.0)
             torch.manual_seed(seed_of(self.config.batch.seed, self.state.step, mine))
             with self.autocast:
-                loss = loss_sum(self.model, batch)
+                loss = loss_sum(self.model, batch, self.loss_tokens)
             total += loss.item() / trained_tokens if share else 0.0
             (loss * (share * world.mean_over)).backward()
         return total
@@ -511,7 +523,7 @@ class Run:
             "seconds": state.seconds,
             "resumed_from": self.resumed_from,
             "attention": state.attention,
-            "engine": "standard",
+            "engine": state.engine,
             "best_step": state.best_step or None,
             "eval_loss": state.best_loss,
             "adapter_step": state.best_step if best else state.step,
@@ -582,6 +594,35 @@ def _attention(base: Any, config: TrainConfig, begun_with: str, report: Report) 
         raise Mismatch(
             f"{error.message}: the run began with it", "go on where it can run, or begin anew with --overwrite"
         ) from None
+
+
+def _engine(
+    config: TrainConfig,
+    model: Mapping[str, Any],
+    dtype: torch.dtype,
+    device: torch.device,
+    begun_on: Engine | None,
+    report: Report,
+) -> Engine:
+    """What computes the decoder layers; a run that goes on keeps what it began with. Raises EnvironmentUnusable where
+    that, or what is asked for, can't be had here."""
+    asked, quantize = config.model.engine, config.model.quantize
+    reason = lacking(config, model, dtype, device)
+    needed = "--engine fast" if asked == "fast" else "--quantize fp8" if quantize == "fp8" else None
+    if needed is None and begun_on == "fast":
+        needed = "the engine that the run began with"
+    if needed is not None and reason is not None:
+        raise EnvironmentUnusable(
+            f"{needed}: found that {reason}; need what the fast engine can do",
+            "leave out --engine, and choose another --quantize" if quantize == "fp8" else "leave out --engine",
+        )
+    if asked == "standard" or begun_on == "standard":
+        return "standard"
+    if needed is None and reason is None and device.type != "cuda":
+        reason = "there is no GPU"  # where it would be no faster
+    chosen: Engine = "fast" if reason is None else "standard"
+    report(Notice(f"engine: {chosen}" + (f", since {reason}" if reason else "")))
+    return chosen
 
 
 def _refuse_other_lora(adapter: adapters.Adapter, config: TrainConfig) -> None:

@@ -64,11 +64,15 @@ def plain_losses(folder: Path, blocks: Blocks, first_a: dict[str, torch.Tensor],
     return losses
 
 
+@pytest.mark.parametrize("engine", ["standard", "fast"])
 @pytest.mark.parametrize("quantize", ["none", "int8", "nf4"])
-def test_fifty_losses_are_those_of_a_plain_loop(quantize: str, opened: Opened, tiny_llama: Path, uneven: Path) -> None:
+def test_fifty_losses_are_those_of_a_plain_loop(
+    quantize: str, engine: str, opened: Opened, tiny_llama: Path, uneven: Path
+) -> None:
     run = opened(
         data=uneven,
         quantize=quantize,
+        engine=engine,
         rank=8,
         lora_alpha=16,
         learning_rate=HIGHEST,

@@ -1,0 +1,168 @@
+"""Triton kernels of the fast engine: rows to 8 bits, their transpose, and a matrix product of 8-bit floats that adds
+LoRA where its sum is finished.
+
+Shapes by suffix: M tokens, N outputs, K inputs, R rank (of all parts together: P·R). Every kernel masks what lies
+outside, so that no width has to be a multiple of a tile; what TMA (Hopper's copy engine) asks for is checked by `fits`.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from lorakit.core.fast.storage import LARGEST
+
+RANK_STEP = 16
+"""Ranks are padded to multiples of this: what the tensor cores add up in one go."""
+
+_TILE = (128, 256, 128)  # tokens, outputs, inputs: the fastest of those measured on an H200
+_NARROW_TILE = (128, 128, 128)  # where parts end at other multiples than 256 (keys and values of small models)
+_UNROLLED_RANK = 32  # above, the rank is a loop: unrolled, its chunks outgrow the 227 KB of shared memory
+
+
+@triton.jit
+def _rows_to_fp8(x, factor, codes, scale, N, LARGEST: tl.constexpr, FOLDS: tl.constexpr, BLOCK: tl.constexpr):
+    """A row, read once: its largest number, then its codes; `factor` (of every column) is multiplied in first."""
+    row, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    value = tl.load(x + row * N + at, at < N, 0.0).to(tl.float32)
+    if FOLDS:
+        value = value * tl.load(factor + at, at < N, 0.0)
+    found = tl.maximum(tl.max(tl.abs(value), 0), 1e-30) / LARGEST
+    tl.store(scale + row, found)
+    tl.store(codes + row * N + at, (value / found).to(codes.dtype.element_ty), at < N)
+
+
+@triton.jit
+def _transpose(x, y, N, K, BLOCK: tl.constexpr):
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = (n[:, None] < N) & (k[None, :] < K)
+    found = tl.load(x + n[:, None].to(tl.int64) * K + k[None, :], inside, 0)
+    inside = (n[None, :] < N) & (k[:, None] < K)
+    tl.store(y + k[:, None].to(tl.int64) * N + n[None, :], tl.trans(found), inside)
+
+
+@triton.jit
+def _product(
+    a_mk,
+    b_nk,
+    out_mn,
+    h_mr,
+    lora_nr,
+    scale_m,
+    scale_n,
+    M,
+    N,
+    K,
+    end_1,
+    end_2,
+    R: tl.constexpr,
+    STEP: tl.constexpr,
+    UNROLLED: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GROUP: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+):
+    """out = (a bᵀ) · scale_m · scale_n + h_part lora_partᵀ; parts end at the columns end_1 and end_2."""
+    rows, columns, steps = tl.cdiv(M, BM), tl.cdiv(N, BN), tl.cdiv(K, BK)
+    for tile in tl.range(tl.program_id(0), rows * columns, PROGRAMS, flatten=True):
+        band = tile // (GROUP * columns) * GROUP  # tiles that share inputs run side by side: what they read is cached
+        height = min(rows - band, GROUP)
+        m = band + (tile % (GROUP * columns)) % height
+        n = (tile % (GROUP * columns)) // height
+        total = tl.zeros((BM, BN), tl.float32)
+        for i in range(steps):
+            total = tl.dot(a_mk.load([m * BM, i * BK]), b_nk.load([n * BN, i * BK]).T, total)
+        at_m, at_n = m * BM + tl.arange(0, BM), n * BN + tl.arange(0, BN)
+        total = total * tl.load(scale_m + at_m, at_m < M, 0.0)[:, None]
+        total = total * tl.load(scale_n + at_n, at_n < N, 0.0)[None, :]
+        if R > 0:
+            part = (n * BN >= end_1).to(tl.int32) + (n * BN >= end_2).to(tl.int32)
+            if R <= UNROLLED:
+                for j in tl.static_range(R // STEP):
+                    total = tl.dot(h_mr.load([m * BM, part * R + j * STEP]), lora_nr.load([n * BN, j * STEP]).T, total)
+            else:
+                for j in tl.range(R // STEP, num_stages=1):
+                    total = tl.dot(h_mr.load([m * BM, part * R + j * STEP]), lora_nr.load([n * BN, j * STEP]).T, total)
+        out_mn.store([m * BM, n * BN], total.to(tl.bfloat16))
+
+
+def fits(ends: tuple[int, ...], inputs: int, rank: int) -> bool:
+    """Whether `product` can do it: parts end where tiles do, and rows begin at multiples of 16 bytes, as TMA needs."""
+    return (
+        all(end % _NARROW_TILE[1] == 0 for end in ends[:-1])
+        and ends[-1] % 8 == 0
+        and inputs % 16 == 0
+        and rank % RANK_STEP == 0
+        and len(ends) <= 3
+    )
+
+
+def product(
+    a_MK: Tensor,
+    scale_M: Tensor,
+    b_NK: Tensor,
+    scale_N: Tensor,
+    h_MR: Tensor | None,
+    lora_NR: Tensor | None,
+    ends: tuple[int, ...],
+) -> Tensor:
+    """(a bᵀ) with the scales of rows and columns, and h·loraᵀ part by part: [M, N] in bf16, each element summed in one
+    fp32 accumulator. `h_MR` holds the parts side by side, each as wide as `lora_NR`."""
+    M, K = a_MK.shape
+    N = b_NK.shape[0]
+    BM, BN, BK = _TILE if all(end % _TILE[1] == 0 for end in ends[:-1]) else _NARROW_TILE
+    out_MN = torch.empty(M, N, device=a_MK.device, dtype=torch.bfloat16)
+    rank = lora_NR.shape[1] if lora_NR is not None else 0
+    out = TensorDescriptor.from_tensor(out_MN, [BM, BN])
+    h = TensorDescriptor.from_tensor(h_MR, [BM, RANK_STEP]) if h_MR is not None and rank else out
+    lora = TensorDescriptor.from_tensor(lora_NR, [BN, RANK_STEP]) if lora_NR is not None and rank else out
+    programs = torch.cuda.get_device_properties(a_MK.device).multi_processor_count
+    _product[(programs,)](
+        TensorDescriptor.from_tensor(a_MK, [BM, BK]),
+        TensorDescriptor.from_tensor(b_NK, [BN, BK]),
+        out,
+        h,
+        lora,
+        scale_M,
+        scale_N,
+        M,
+        N,
+        K,
+        ends[0] if len(ends) > 1 else N,
+        ends[1] if len(ends) > 2 else N,
+        rank,
+        RANK_STEP,
+        _UNROLLED_RANK,
+        BM,
+        BN,
+        BK,
+        8,
+        programs,
+        num_stages=3,
+        num_warps=8,
+    )
+    return out_MN
+
+
+def rows_to_fp8(x_MN: Tensor, factor_N: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Codes and scales [M, 1] of rows, `factor_N` multiplied in."""
+    M, N = x_MN.shape
+    codes = torch.empty(M, N, device=x_MN.device, dtype=torch.float8_e4m3fn)
+    scale = torch.empty(M, 1, device=x_MN.device, dtype=torch.float32)
+    folds, block = factor_N is not None, triton.next_power_of_2(N)
+    warps = 4 if block <= 1024 else 8 if block <= 4096 else 16
+    _rows_to_fp8[(M,)](x_MN, factor_N if folds else scale, codes, scale, N, LARGEST, folds, block, num_warps=warps)
+    return codes, scale
+
+
+def transposed(codes_NK: Tensor) -> Tensor:
+    """The transpose of a matrix of bytes, in a tenth of the time that torch's copy takes."""
+    N, K = codes_NK.shape
+    out = torch.empty(K, N, device=codes_NK.device, dtype=codes_NK.dtype)
+    grid = (triton.cdiv(N, 128), triton.cdiv(K, 128))
+    _transpose[grid](codes_NK.view(torch.uint8), out.view(torch.uint8), N, K, 128, num_warps=8)
+    return out

@@ -1,0 +1,121 @@
+"""A decoder layer of the Llama family, computed by frozen_linear: queries, keys and values are one product, so are gate
+and up. Its modules stay where they are, PEFT's matrices too, so that everything else (checkpoints, evaluation, answers
+with a cache) goes on as before: only how a training step computes a layer is another.
+"""
+
+from types import MethodType
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.nn.functional import pad
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
+
+from lorakit.core.fast.linear import frozen_linear, rounded
+from lorakit.core.fast.storage import store
+
+_RANK_STEP = 16  # the tensor cores add up so many in one go
+
+
+class Linears:
+    """Linear layers that read the same input, as one. No torch module: their parameters have their names already."""
+
+    def __init__(self, layers: list[nn.Module], *, in_fp8: bool) -> None:
+        self._layers = layers
+        bases: list[Any] = [layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer for layer in layers]
+        self._base, self._kind, self._ends = store(bases)
+        sizes = [bases[0].in_features, *(base.out_features for base in bases)]
+        self._sizes, self._biases = sizes, [base.bias for base in bases]
+        self._in_fp8 = in_fp8 and all(size % 16 == 0 for size in sizes)  # which 8-bit products need
+
+    def __call__(self, x: Tensor) -> list[Tensor]:
+        """What each of the layers gives for x [..., K]."""
+        flat = x.reshape(-1, x.shape[-1])
+        codes, scale = rounded(flat) if self._in_fp8 else (None, None)
+        a, b = self._lora(flat.dtype)
+        y, _ = frozen_linear(flat, codes, scale, self._base, self._kind, self._ends, a, b)
+        parts = list(y.view(*x.shape[:-1], -1).split(self._sizes[1:], dim=-1))
+        for number, bias in enumerate(self._biases):
+            if bias is not None:
+                parts[number] = parts[number] + bias.to(y.dtype)
+        return parts
+
+    def _lora(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A [P·R, K] and scale · B [N, R] of all layers, as wide as the widest; layers without LoRA have zeros."""
+        found = [_matrices(layer) for layer in self._layers]
+        rank = max(-(-a.shape[0] // _RANK_STEP) * _RANK_STEP if a is not None else 0 for a, _, _ in found)
+        device, inputs = self._base[0].device, self._sizes[0]
+        all_a, all_b = [], []
+        for outputs, (a, b, scale) in zip(self._sizes[1:], found, strict=True):
+            if a is None or b is None:
+                all_a.append(torch.zeros(rank, inputs, device=device, dtype=dtype))
+                all_b.append(torch.zeros(outputs, rank, device=device, dtype=dtype))
+            else:
+                all_a.append(pad(a, (0, 0, 0, rank - a.shape[0])).to(dtype))
+                all_b.append(pad(b * scale, (0, rank - b.shape[1])).to(dtype))
+        return torch.cat(all_a), torch.cat(all_b)
+
+
+def _matrices(layer: Any) -> tuple[Tensor | None, Tensor | None, float]:
+    """A, B and the scale of a layer's LoRA, where it has one that isn't switched off."""
+    if not isinstance(layer, LoraLayer) or layer.disable_adapters or not layer.active_adapters:
+        return None, None, 0.0
+    name = layer.active_adapters[0]
+    if name not in layer.lora_A:
+        return None, None, 0.0
+    return layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
+
+
+def speed_up(layer: Any, *, in_fp8: bool) -> None:
+    """Have a decoder layer with LoRA compute its training steps here."""
+    attention, mlp = layer.self_attn, layer.mlp
+    layer.fast = {
+        "qkv": Linears([attention.q_proj, attention.k_proj, attention.v_proj], in_fp8=in_fp8),
+        "o": Linears([attention.o_proj], in_fp8=in_fp8),
+        "gate_up": Linears([mlp.gate_proj, mlp.up_proj], in_fp8=in_fp8),
+        "down": Linears([mlp.down_proj], in_fp8=in_fp8),
+    }
+    config = attention.config
+    window = getattr(attention, "sliding_window", config.sliding_window if config.model_type == "mistral" else None)
+    layer.window = {"sliding_window": window} if window is not None else {}
+    layer.forward = MethodType(_forward, layer)
+
+
+def _forward(
+    self: Any,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    cache: Any = None,
+    position_embeddings: tuple[Tensor, Tensor] | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """A layer [B, T, H] as transformers computes it (Llama, Mistral, Qwen2, Qwen3); with a cache by its own code."""
+    if cache is not None or kwargs.get("past_key_values") is not None:
+        cached = {"cache": cache} if cache is not None else {}
+        rotary = {"position_ids": position_ids, "position_embeddings": position_embeddings}
+        return _with_cache(self, hidden_states, attention_mask=attention_mask, **rotary, **cached, **kwargs)
+    assert position_embeddings is not None
+    attention, mlp, fast = self.self_attn, self.mlp, self.fast
+    shape = (*hidden_states.shape[:-1], -1, attention.head_dim)
+    q, k, v = (part.view(shape) for part in fast["qkv"](self.input_layernorm(hidden_states)))
+    if hasattr(attention, "q_norm"):
+        q, k = attention.q_norm(q), attention.k_norm(k)
+    cos, sin = position_embeddings
+    q, k = apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager_attention_forward)
+    given = {"position_ids": position_ids, "scaling": attention.scaling, **self.window, **kwargs}
+    v = v.contiguous()  # or attention would keep all three until its backward pass, for this part of them
+    attended, _ = attend(attention, q, k, v.transpose(1, 2), attention_mask, dropout=0.0, **given)
+    hidden_states = hidden_states + fast["o"](attended.reshape(*hidden_states.shape[:-1], -1))[0]
+    gate, up = fast["gate_up"](self.post_attention_layernorm(hidden_states))
+    return hidden_states + fast["down"](mlp.act_fn(gate) * up)[0]
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _with_cache(layer: Any, hidden_states: Tensor, **given: Any) -> Tensor:
+    """A layer by transformers' own code: answers are one token after the other, each of another shape."""
+    return type(layer).forward(layer, hidden_states, **given)

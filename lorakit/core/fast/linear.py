@@ -1,0 +1,168 @@
+"""One operator for a frozen matrix with LoRA on it, forward and backward written by hand.
+
+    y  = x Wᵀ + h Bᵀ            h = x Aᵀ          (B holds the scale; layers that read the same x are one W, their A and
+                                                   B one below the other, each with its own columns of h)
+    dx = dy W + g A             g = dy B,  dA = gᵀ x,  dB = dyᵀ h
+
+Computed in 8-bit floats, x and dy are rounded row by row: x Wᵀ = (q(x) Qᵀ) · sₓ · s, where W = s · Q. In the backward
+pass s is multiplied into dy before that is rounded, so that dx uses the very same Q, transposed when it is needed: one
+copy of the base serves both. LoRA's own products are always exact.
+
+Shapes by suffix: M tokens, N outputs, K inputs, P layers (parts), R rank of one.
+"""
+
+import torch
+from torch import Tensor
+
+from lorakit.core.fast.storage import FP8, LARGEST, exact, rows_to_codes
+
+
+@torch.library.custom_op("lorakit::frozen_linear", mutates_args=())
+def frozen_linear(
+    x_MK: Tensor,
+    codes_MK: Tensor | None,
+    scale_M: Tensor | None,
+    base: list[Tensor],
+    kind: str,
+    ends: list[int],
+    a_PRK: Tensor,
+    b_NR: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """y [M, N] and h [M, P·R]. `base`, `kind` and `ends` are Stored's; with the codes and scales [M, 1] of x the
+    product is computed in 8-bit floats, without them in x's number type."""
+    h = x_MK @ a_PRK.t()
+    if codes_MK is None or scale_M is None:
+        y = x_MK @ exact(base, kind, ends, x_MK.shape[1], x_MK.dtype).t()
+    else:
+        q_NK, scale_N = _fp8(base, kind, ends, x_MK.shape[1])
+        if _in_one_kernel(x_MK, ends, b_NR.shape[1]):
+            from lorakit.core.fast.kernels import product
+
+            return product(codes_MK, scale_M, q_NK, scale_N, h, b_NR, tuple(ends)), h
+        y = _scaled_product(codes_MK, scale_M, q_NK, scale_N, x_MK.dtype)
+    for part, (start, end) in enumerate(_parts(ends)):
+        y[:, start:end].addmm_(_columns(h, part, b_NR.shape[1]), b_NR[start:end].t())
+    return y, h
+
+
+@frozen_linear.register_fake
+def _(x_MK, codes_MK, scale_M, base, kind, ends, a_PRK, b_NR):  # type: ignore[no-untyped-def]
+    return x_MK.new_empty(x_MK.shape[0], b_NR.shape[0]), x_MK.new_empty(x_MK.shape[0], a_PRK.shape[0])
+
+
+@torch.library.custom_op("lorakit::frozen_linear_backward", mutates_args=())
+def frozen_linear_backward(
+    dy_MN: Tensor,
+    x_MK: Tensor,
+    h_MR: Tensor,
+    base: list[Tensor],
+    kind: str,
+    ends: list[int],
+    a_PRK: Tensor,
+    b_NR: Tensor,
+    in_fp8: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx [M, K], dA [P·R, K] and dB [N, R] in x's number type."""
+    dy_MN, rank = dy_MN.contiguous(), b_NR.shape[1]
+    g_MR, db_NR = torch.empty_like(h_MR), torch.empty_like(b_NR)
+    for part, (start, end) in enumerate(_parts(ends)):
+        torch.mm(dy_MN[:, start:end], b_NR[start:end], out=_columns(g_MR, part, rank))
+        torch.mm(dy_MN[:, start:end].t(), _columns(h_MR, part, rank), out=db_NR[start:end])
+    da_PRK = g_MR.t() @ x_MK
+    if not in_fp8:
+        return (dy_MN @ exact(base, kind, ends, x_MK.shape[1], x_MK.dtype)).addmm_(g_MR, a_PRK), da_PRK, db_NR
+    q_NK, scale_N = _fp8(base, kind, ends, x_MK.shape[1])
+    codes_MN, scale_M = rows_to_fp8(dy_MN, scale_N)
+    q_KN, ones_K = _transposed(q_NK), torch.ones(x_MK.shape[1], device=x_MK.device)
+    whole = [x_MK.shape[1]]
+    if _in_one_kernel(dy_MN, whole, h_MR.shape[1]):
+        from lorakit.core.fast.kernels import product
+
+        dx = product(codes_MN, scale_M, q_KN, ones_K, g_MR, a_PRK.t().contiguous(), tuple(whole))
+    else:
+        dx = _scaled_product(codes_MN, scale_M, q_KN, ones_K, x_MK.dtype).addmm_(g_MR, a_PRK)
+    return dx, da_PRK, db_NR
+
+
+@frozen_linear_backward.register_fake
+def _(dy_MN, x_MK, h_MR, base, kind, ends, a_PRK, b_NR, in_fp8):  # type: ignore[no-untyped-def]
+    return torch.empty_like(x_MK), torch.empty_like(a_PRK), torch.empty_like(b_NR)
+
+
+def _remember(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    x_MK, codes_MK, _, base, kind, ends, a_PRK, b_NR = inputs
+    ctx.save_for_backward(x_MK, output[1], a_PRK, b_NR, *base)
+    ctx.settings = (kind, ends, codes_MK is not None)
+
+
+def _backward(ctx, dy_MN, _dh):  # type: ignore[no-untyped-def]
+    x_MK, h_MR, a_PRK, b_NR, *base = ctx.saved_tensors
+    kind, ends, in_fp8 = ctx.settings
+    dx, da, db = frozen_linear_backward(dy_MN, x_MK, h_MR, base, kind, ends, a_PRK, b_NR, in_fp8)
+    return dx, None, None, [None] * len(base), None, None, da, db
+
+
+frozen_linear.register_autograd(_backward, setup_context=_remember)
+
+
+def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows as 8-bit floats and their scales, in operators that torch.compile joins with what made the rows."""
+    values = x.detach().float()
+    scale = values.abs().amax(-1, keepdim=True).clamp_min(1e-30) / LARGEST
+    return (values / scale).to(FP8), scale
+
+
+def rows_to_fp8(x_MN: Tensor, factor_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes of x's rows, each column multiplied by its factor first, and their scales [M, 1]."""
+    if x_MN.is_cuda:
+        from lorakit.core.fast import kernels
+
+        return kernels.rows_to_fp8(x_MN, factor_N)
+    return rounded(x_MN.float() * factor_N)
+
+
+def _fp8(base: list[Tensor], kind: str, ends: list[int], inputs: int) -> tuple[Tensor, Tensor]:
+    """The base as 8-bit floats [N, K] and the scales of its rows [N]: as it is stored, or rounded for this pass."""
+    if kind == "fp8":
+        return base[0].view(FP8), base[1]
+    weight_NK = exact(base, kind, ends, inputs, torch.bfloat16)
+    if weight_NK.is_cuda:
+        from lorakit.core.fast import kernels
+
+        codes, scale = kernels.rows_to_fp8(weight_NK, None)
+        return codes, scale.flatten()
+    return rows_to_codes(weight_NK, "fp8")
+
+
+def _transposed(codes: Tensor) -> Tensor:
+    if codes.is_cuda:
+        from lorakit.core.fast import kernels
+
+        return kernels.transposed(codes)
+    return codes.t().contiguous()
+
+
+def _in_one_kernel(x: Tensor, ends: list[int], rank: int) -> bool:
+    """Whether the product and LoRA are one kernel here: on Hopper, whose copy engine it uses, for shapes that fit."""
+    if not x.is_cuda or x.dtype is not torch.bfloat16 or torch.cuda.get_device_capability(x.device) != (9, 0):
+        return False
+    from lorakit.core.fast.kernels import fits
+
+    return fits(tuple(ends), x.shape[1], rank)
+
+
+def _scaled_product(a_MK: Tensor, scale_M: Tensor, b_NK: Tensor, scale_N: Tensor, dtype: torch.dtype) -> Tensor:
+    """(a bᵀ) with the scales of its rows and columns: by cuBLAS, on the CPU with the codes as they are."""
+    if a_MK.is_cuda:
+        return torch._scaled_mm(
+            a_MK, b_NK.t(), scale_a=scale_M, scale_b=scale_N[None], out_dtype=dtype, use_fast_accum=True
+        )
+    return ((a_MK.float() * scale_M) @ (b_NK.float() * scale_N[:, None]).t()).to(dtype)
+
+
+def _parts(ends: list[int]) -> list[tuple[int, int]]:
+    return list(zip([0, *ends[:-1]], ends, strict=True))
+
+
+def _columns(h: Tensor, part: int, rank: int) -> Tensor:
+    return h[:, part * rank : (part + 1) * rank]

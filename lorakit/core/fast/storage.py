@@ -1,0 +1,121 @@
+"""Frozen matrices of the fast engine as they are stored: 8-bit codes with a scale a row, or as bitsandbytes or torch
+have them; and what they are made into for a product.
+
+Shapes by suffix: N outputs, K inputs.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+FP8 = torch.float8_e4m3fn
+LARGEST = 448.0
+"""The largest number of FP8."""
+
+
+def rows_to_codes(weight_NK: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """Codes [N, K] (float8_e4m3fn or int8) and scales [N] in fp32: each row by its largest number, rounded to the
+    nearest code. A row of zeros gets the smallest scale."""
+    if kind == "int8":  # as LLM.int8 has them, so that what training saw doesn't depend on the engine
+        from bitsandbytes import functional
+
+        codes, largest_N, _ = functional.int8_vectorwise_quant(weight_NK.detach().to(torch.float16))
+        return codes, largest_N.flatten() / 127
+    values = weight_NK.detach().float()
+    scale_N = values.abs().amax(-1).clamp_min(1e-30) / LARGEST
+    return (values / scale_N[:, None]).to(FP8), scale_N
+
+
+class FrozenLinear(nn.Linear):
+    """A linear layer over 8-bit codes. `weight` holds them as bytes, also those of fp8: PEFT gives its matrices the
+    number type of a base that computes in floats, and they would be as coarse as it."""
+
+    scale: Tensor
+
+    def __init__(self, linear: nn.Linear, kind: str) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features, self.kind = linear.in_features, linear.out_features, kind
+        self.dtype = linear.weight.dtype
+        codes, scale = rows_to_codes(linear.weight, kind)
+        self.weight = nn.Parameter(codes.view(torch.int8), requires_grad=False)
+        self.register_buffer("scale", scale, persistent=False)
+        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer as everyone computes it, with the stored numbers in the number type that it was made of."""
+        ends = [self.out_features]
+        weight = exact([self.weight, self.scale], self.kind, ends, self.in_features, self.dtype)
+        return nn.functional.linear(x, weight, self.bias)
+
+
+class Stored(NamedTuple):
+    """The matrices of layers that read the same input, one below the other: what they are stored in, and how.
+
+    kind    "plain" [weight], "fp8" or "int8" [codes, scales], all rows in one; or for each layer "nf4", "fp4" with
+            [codes, scales] or, where the scales are quantized too, "nf4 nested" with [codes, scales, their scales,
+            their code, offset]
+    """
+
+    tensors: list[Tensor]
+    kind: str
+    ends: list[int]
+    """The row behind the last of each layer."""
+
+
+def store(layers: list[Any]) -> Stored:
+    """The matrices of layers, all stored alike; their rows one below the other where no other format comes of it."""
+    ends, first = [sum(each.out_features for each in layers[: number + 1]) for number in range(len(layers))], layers[0]
+    if hasattr(first.weight, "quant_state"):
+        tensors, state = [], first.weight.quant_state
+        for layer in layers:
+            state = layer.weight.quant_state
+            tensors += [layer.weight.data, state.absmax]
+            tensors += [state.state2.absmax, state.state2.code, state.offset] if state.nested else []
+        return Stored(tensors, state.quant_type + (" nested" if state.nested else ""), ends)
+    stacked = _in_one_piece([layer.weight for layer in layers])
+    if isinstance(first, FrozenLinear):
+        return Stored([stacked, torch.cat([layer.scale for layer in layers])], first.kind, ends)
+    return Stored([stacked], "plain", ends)
+
+
+def _in_one_piece(weights: list[nn.Parameter]) -> Tensor:
+    """Matrices one below the other in memory; they themselves become parts of it."""
+    if len(weights) == 1:
+        return weights[0].data
+    stacked = torch.cat([weight.data for weight in weights])
+    at = 0
+    for weight in weights:
+        weight.data = stacked[at : at + len(weight)]
+        at += len(weight)
+    return stacked
+
+
+def exact(tensors: list[Tensor], kind: str, ends: list[int], inputs: int, dtype: torch.dtype) -> Tensor:
+    """The stored numbers themselves, [N, K] in `dtype`."""
+    if kind == "plain":
+        return tensors[0].to(dtype)
+    if kind == "fp8":
+        return (tensors[0].view(FP8).to(torch.float32) * tensors[1][:, None]).to(dtype)
+    if kind == "int8":  # rounded once, and read and written once
+        made_NK = torch.empty(tensors[0].shape, dtype=dtype, device=tensors[0].device)
+        return torch.mul(tensors[0], tensors[1][:, None], out=made_NK)
+    quant_type, size = kind.split()[0], len(tensors) // len(ends)
+    made = [
+        _from_4bit(tensors[part * size : (part + 1) * size], quant_type, (end - start, inputs), dtype)
+        for part, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True))
+    ]
+    return torch.cat(made) if len(made) > 1 else made[0]
+
+
+def _from_4bit(tensors: list[Tensor], kind: str, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """A matrix that bitsandbytes quantized, by its own kernels (blocks of 64, of their scales of 256)."""
+    import bitsandbytes  # noqa: F401 - registers the operators
+
+    ops: Any = torch.ops.bitsandbytes
+    codes, absmax, *nested = tensors
+    if nested:
+        scales, code, offset = nested
+        absmax = ops.dequantize_blockwise(absmax, scales, code, 256, torch.float32) + offset
+    made: Tensor = ops.dequantize_4bit(codes, absmax, 64, kind, shape, dtype)
+    return made

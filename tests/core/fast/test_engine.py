@@ -1,0 +1,63 @@
+"""Who gets the fast engine, and why not."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from lorakit.core.config import TrainConfig
+from lorakit.core.fast.engine import lacking
+
+LLAMA = {"model_type": "llama"}
+
+
+def config(**values: object) -> TrainConfig:
+    return TrainConfig.resolve((None, {"model": "m", "blocks": "b", **values}))
+
+
+REFUSED: list[tuple[dict[str, object], dict[str, Any], torch.dtype, str]] = [
+    ({}, {"model_type": "gpt2"}, torch.bfloat16, "the model type is 'gpt2'"),
+    ({}, {**LLAMA, "attention_dropout": 0.1}, torch.bfloat16, "attention_dropout 0.1"),
+    ({"lora_dropout": 0.05}, LLAMA, torch.bfloat16, "--lora-dropout is 0.05"),
+    ({"use_dora": True}, LLAMA, torch.bfloat16, "--use-dora"),
+    ({"modules_to_save": "lm_head,norm"}, LLAMA, torch.bfloat16, "--modules-to-save norm"),
+    ({"parallel": "fsdp", "num_processes": 2}, LLAMA, torch.bfloat16, "--parallel fsdp"),
+    ({"parallel": "split"}, LLAMA, torch.bfloat16, "--parallel split"),
+    ({"plan": "plan.json"}, LLAMA, torch.bfloat16, "--plan"),
+    ({}, LLAMA, torch.float16, "--dtype fp16"),
+]
+
+
+@pytest.mark.parametrize(("values", "model", "dtype", "reason"), REFUSED)
+def test_what_it_cant_do_is_named(
+    values: dict[str, object], model: dict[str, Any], dtype: torch.dtype, reason: str
+) -> None:
+    found = lacking(config(**values), model, dtype, torch.device("cpu"))
+    assert found is not None
+    assert reason in found
+
+
+@pytest.mark.parametrize(
+    ("capability", "quantize", "reason"),
+    [
+        ((7, 5), "none", "compute capability 7.5, below 8.0"),
+        ((8, 0), "nf4", None),
+        ((8, 6), "fp8", "no 8-bit floats"),
+        ((8, 9), "fp8", None),
+        ((9, 0), "fp8", None),
+    ],
+)
+def test_what_a_gpu_lacks_is_named(
+    capability: tuple[int, int], quantize: str, reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "A card")
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: object())
+    found = lacking(config(quantize=quantize), LLAMA, torch.bfloat16, torch.device("cuda"))
+    assert (found is None) if reason is None else (found is not None and reason in found)
+
+
+def test_without_triton_there_is_none_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    assert lacking(config(), LLAMA, torch.bfloat16, torch.device("cuda")) == "triton isn't installed"

@@ -1,0 +1,114 @@
+"""The operator against autograd in fp64, and its 8-bit arithmetic against the formulas in numpy."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from lorakit.core.fast.linear import frozen_linear, rounded
+from lorakit.core.fast.storage import FrozenLinear, store
+
+ENDS, INPUTS, RANK, ROWS = [32, 48, 64], 48, 16, 7
+
+
+def inputs(dtype: torch.dtype, *, rank: int = RANK) -> tuple[Tensor, Tensor, Tensor]:
+    """x, A and B."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+
+    return normal(ROWS, INPUTS), normal(len(ENDS) * rank, INPUTS), normal(ENDS[-1], rank)
+
+
+def weight(dtype: torch.dtype) -> Tensor:
+    return torch.randn(ENDS[-1], INPUTS, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+
+
+def by_definition(x: Any, w: Any, a: Any, b: Any, rank: int = RANK) -> Any:
+    """x Wᵀ and each part's own LoRA, by whatever library the arrays are of."""
+    parts, y = [], x @ w.T
+    for number, (start, end) in enumerate(zip([0, *ENDS[:-1]], ENDS, strict=True)):
+        parts.append(y[:, start:end] + x @ a[number * rank : (number + 1) * rank].T @ b[start:end].T)
+    return torch.cat(parts, 1) if isinstance(x, Tensor) else np.concatenate(parts, 1)
+
+
+@pytest.mark.parametrize("rank", [16, 0])
+def test_forward_and_backward_are_autograds_in_fp64(rank: int) -> None:
+    x, a, b = inputs(torch.float64, rank=rank)
+    w = weight(torch.float64)
+
+    def run(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return frozen_linear(x, None, None, [w], "plain", ENDS, a, b)[0]
+
+    assert torch.allclose(run(x, a, b), by_definition(x, w, a, b, rank), rtol=1e-12)
+    assert torch.autograd.gradcheck(run, (x, a, b) if rank else (x, a.detach(), b.detach()))
+
+
+def test_torch_finds_the_operator_in_order() -> None:
+    """Its schema, what it says of shapes without computing, and its gradients under tracing."""
+    x, a, b = inputs(torch.float32)
+    given = (x, None, None, [weight(torch.float32)], "plain", ENDS, a, b)
+    torch.library.opcheck(frozen_linear, given)
+
+
+def as_fp8(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows as 8-bit floats, by rounding the fraction to 3 bits in fp64, and their scales."""
+    scale = np.abs(values).max(1, keepdims=True) / 448
+    scaled = values / scale
+    exponent = np.maximum(np.floor(np.log2(np.maximum(np.abs(scaled), 1e-300))), -6)
+    step = 2.0 ** (exponent - 3)
+    return np.round(scaled / step) * step, scale  # numpy rounds ties to even, as float8 does
+
+
+def test_8_bit_products_are_those_of_the_formulas() -> None:
+    """y and dx with x, and dy times the base's scales, rounded row by row; dA and dB exact."""
+    x, a, b = inputs(torch.float32)
+    layers = [torch.nn.Linear(INPUTS, size, bias=False) for size in (32, 16, 16)]
+    w = weight(torch.float32)
+    for layer, part in zip(layers, w.split([32, 16, 16]), strict=True):
+        layer.weight.data.copy_(part)
+    base = store([FrozenLinear(layer, "fp8") for layer in layers])
+    codes, scale = rounded(x)
+    y, h = frozen_linear(x, codes, scale, base.tensors, base.kind, base.ends, a, b)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(2))
+    y.backward(dy)
+
+    x_, a_, b_, w_, dy_ = (tensor.detach().double().numpy() for tensor in (x, a, b, w, dy))
+    (qx, sx), (qw, sw) = as_fp8(x_), as_fp8(w_)
+    expected = by_definition(x_, np.zeros_like(w_), a_, b_) + (qx @ qw.T) * sx * sw.T
+    assert y.detach().numpy() == pytest.approx(expected, abs=2e-4 * np.abs(expected).max())
+    assert h.detach().numpy() == pytest.approx(x_ @ a_.T, rel=1e-4, abs=1e-4)
+    qd, sd = as_fp8(dy_ * sw.T)
+    g = np.concatenate([dy_[:, s:e] @ b_[s:e] for s, e in zip([0, *ENDS[:-1]], ENDS, strict=True)], 1)
+    wanted = {"x": (x, (qd @ qw) * sd + g @ a_), "a": (a, g.T @ x_)}
+    h_ = x_ @ a_.T
+    parts = zip([0, *ENDS[:-1]], ENDS, range(3), strict=True)
+    wanted["b"] = (b, np.concatenate([dy_[:, s:e].T @ h_[:, p * RANK : (p + 1) * RANK] for s, e, p in parts]))
+    for name, (leaf, gradient) in wanted.items():
+        assert leaf.grad is not None
+        # a number that lies between two codes may go either way, since scales are fp32 there and fp64 here
+        assert leaf.grad.numpy() == pytest.approx(gradient, abs=1e-3 * np.abs(gradient).max()), name
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_what_is_stored_otherwise_is_rounded_for_each_pass(kind: str) -> None:
+    """An 8-bit product over 4-bit codes is that over the numbers that they stand for."""
+    from lorakit.core.fast.storage import exact
+    from lorakit.core.model import quantized
+
+    torch.manual_seed(0)
+    plain = torch.nn.Linear(64, 64, bias=False)
+    layer = quantized(plain, kind, torch.float32) if kind == "nf4" else FrozenLinear(plain, kind)
+    base, x = store([layer]), torch.randn(5, 64, requires_grad=True)
+    numbers = torch.nn.Linear(64, 64, bias=False)
+    numbers.weight.data.copy_(exact(base.tensors, base.kind, base.ends, 64, torch.bfloat16))
+    other, none = store([FrozenLinear(numbers, "fp8")]), torch.zeros(0, 64)
+    codes, scale = rounded(x)
+    empty = torch.zeros(64, 0)
+    found = frozen_linear(x, codes, scale, base.tensors, base.kind, base.ends, none, empty)[0]
+    wanted = frozen_linear(x, codes, scale, other.tensors, other.kind, other.ends, none, empty)[0]
+    assert torch.equal(found, wanted)
+    assert torch.equal(*(torch.autograd.grad(y.sum(), x)[0] for y in (found, wanted)))
