@@ -1,6 +1,7 @@
 """The whole flow through the command line, on a tiny model."""
 
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -162,3 +163,24 @@ def test_new_tokens_go_from_prepare_to_the_merged_model(
     torch.testing.assert_close(whole(input_ids=ids).logits, by_peft(input_ids=ids).logits, rtol=0, atol=1e-5)
     untrained = AutoModelForCausalLM.from_pretrained(model).get_input_embeddings().weight.mean(0)
     assert not torch.allclose(whole.get_input_embeddings().weight[260], untrained, atol=1e-3)
+
+
+def test_each_hint_can_be_pasted_into_a_shell(
+    cli: Cli, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From prepare to the merged model by what each command says at its end, in folders with spaces and quotes."""
+    folder = tmp_path / "Ada's models"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    model = make_llama(folder / "tiny llama")
+
+    def hinted(*arguments: object) -> list[str]:
+        ran = cli(*arguments)
+        assert ran.code == 0, ran.err
+        return shlex.split(ran.err.splitlines()[-1].removeprefix("hint: lorakit "))
+
+    training = hinted("prepare", rows_file, "--tokenizer", model, "--block-size", 128, "--output", "some blocks")
+    merging = hinted(*training, "--max-steps", 1)
+    talking = hinted(*merging)
+    assert cli(*talking, "--prompt", "hello", "--max-new-tokens", 2).code == 0
+    assert hinted("patch-attention", model, "--block-size", 128) == ["patch-attention", str(model), "--apply"]

@@ -81,7 +81,7 @@ def run(config: "DemoConfig", console: Console) -> None:
         )
     seconds = time.monotonic() - started
     console.result({"path": out, "right": right, "answers": answers, "commands": ran, "seconds": seconds})
-    console.hint(f"lorakit chat {merged}")
+    console.hint(shlex.join(["lorakit", "chat", str(merged)]))
 
 
 def _short(path: Path) -> Path:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -122,7 +123,7 @@ class Run:
             raise Mismatch(
                 f"{blocks.path}: found blocks of another tokenizer, chat template or added tokens, "
                 f"need those of {config.model.model}",
-                f"`lorakit prepare … --tokenizer {config.model.model}`, with the same --add-tokens",
+                f"`lorakit prepare … --tokenizer {shlex.quote(config.model.model)}`, with the same --add-tokens",
             )
         self.batch_size, self.plan = self._plan(weights, dtype)
         self.model = self._make_model(weights, dtype)
