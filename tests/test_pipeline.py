@@ -87,10 +87,10 @@ def test_a_conversation_keeps_its_history(cli: Cli, tiny_llama: Path, monkeypatc
         return original(template, messages, **more)
 
     monkeypatch.setattr(Template, "chat", watched)
-    monkeypatch.setattr(sys, "stdin", io.StringIO("one\ntwo\n\nnever read\n"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one\n\ntwo\n/exit\nnever asked\n"))
     ran = cli("chat", tiny_llama, "--system", "Be kind.", "--max-new-tokens", 4, "--json")
     assert ran.code == 0, ran.err
-    assert [answer["prompt"] for answer in ran.json["answers"]] == ["one", "two"]
+    assert [json.loads(line)["prompt"] for line in ran.out.splitlines()] == ["one", "two"]
     assert asked == ["system | user", "system | user | assistant | user"]
 
 
@@ -108,7 +108,7 @@ def test_chat_gives_what_transformers_generates(cli: Cli, tiny_llama: Path) -> N
         ids = torch.cat([ids, step[None, None]], dim=1)
     expected = tokenizer.decode(ids[0, -12:], skip_special_tokens=True)
     ran = cli("chat", tiny_llama, "--prompt", "hello", "--max-new-tokens", 12, "--json")
-    assert ran.json["answers"][0]["answer"] == expected
+    assert ran.json["answer"] == expected
     assert cli("chat", tiny_llama, "--prompt", "hello", "--max-new-tokens", 12).out.strip() == expected.strip()
 
 
@@ -126,7 +126,7 @@ def test_sampling_follows_its_seed(cli: Cli, tiny_llama: Path) -> None:
         0.99,
         "--json",
     )
-    one, same, other = (cli(*given, "--seed", seed).json["answers"] for seed in (1, 1, 2))
+    one, same, other = (cli(*given, "--seed", seed).json["answer"] for seed in (1, 1, 2))
     assert one == same
     assert one != other
 

@@ -465,7 +465,10 @@ class Run:
         try:
             with self.autocast:
                 return [
-                    {"prompt": messages[-1]["content"], "answer": answer(opened, messages, sampling, lambda _: None)}
+                    {
+                        "prompt": messages[-1]["content"],
+                        "answer": answer(opened, messages, sampling, lambda _: None).answer,
+                    }
                     for messages in self.prompts
                 ]
         finally:
