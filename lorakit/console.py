@@ -199,28 +199,42 @@ class Console:
         terminal a line can be edited and earlier ones taken back, and Ctrl-C twice is the end too.
 
         Raises InputRefused where a line isn't text."""
+        with contextlib.suppress(EOFError):
+            if self.is_terminal:
+                with contextlib.suppress(ImportError):
+                    import readline  # noqa: F401  # from now on `input` edits lines
+                yield from self._typed()
+            while not self.is_terminal:
+                if (line := self._line()).strip():
+                    yield line
         if self.is_terminal:
-            with contextlib.suppress(ImportError):
-                import readline  # noqa: F401  # from now on `input` edits lines
-        interrupted = False
-        while True:
-            try:
-                line = self._line()
-                interrupted = False
-            except KeyboardInterrupt:
-                if not self.is_terminal:
-                    raise
-                self._print(self._err, Text("" if interrupted else "\n(Ctrl-C once more, Ctrl-D or /exit to leave)"))
-                if interrupted:
-                    return
-                interrupted = True
-                continue
-            except EOFError:
-                if self.is_terminal:
-                    self._print(self._err, Text(""))
-                return
-            if line.strip():
-                yield line
+            self._print(self._err, Text(""))
+
+    def _typed(self) -> Iterator[str]:
+        """Lines until Ctrl-C was pressed twice. Between lines too it is only heard, and told at the next."""
+        heard, reading, told = False, False, False
+
+        def hear(which: int, frame: FrameType | None) -> None:
+            nonlocal heard
+            heard = True
+            if reading:
+                raise KeyboardInterrupt
+
+        before = signal.signal(signal.SIGINT, hear)
+        try:
+            while not (heard and told):
+                if heard:
+                    self._print(self._err, Text("\n(Ctrl-C once more, Ctrl-D or /exit to leave)"))
+                told, heard, line = heard, False, ""
+                with contextlib.suppress(KeyboardInterrupt):
+                    reading = True
+                    line = self._line()
+                reading = False
+                if line.strip() and not heard:
+                    told = False
+                    yield line
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     def _line(self) -> str:
         """The next line of stdin. `input` writes its prompt to stdout, where nothing else may stand beside a result."""

@@ -18,7 +18,7 @@ PACKAGE = ROOT / "lorakit"
 
 FLOORS = (
     ("errors", "events"),
-    ("config", "disk", "floats"),
+    ("config", "disk", "floats", "intervals"),
     ("artifacts", "doctor.finding"),
     ("templates", "weights", "hub", "environment", "elastic", "reporting", "doctor.trials"),
     (
@@ -31,10 +31,10 @@ FLOORS = (
     ),
     ("sources", "packing", "blocks", "adapters", "offloading", "attention.cases", "attention.miniature", "placement"),
     ("preparing", "model", "attention.trials", "merging.plan"),
-    ("attention.proving", "merging.quantizing", "merging.card"),
-    ("attention", "merging.apply", "merging.verifying", "doctor.attention"),
+    ("attention.proving", "merging.quantizing", "merging.card", "generation"),
+    ("attention", "merging.apply", "merging.verifying", "doctor.attention", "exact_match"),
     (
-        *("evaluation", "generation"),
+        "evaluation",
         *("training.schedule", "training.optimizers", "training.checkpoints"),
     ),
     ("training.loop", "merging.comparing"),
@@ -62,6 +62,7 @@ WITHOUT_TORCH = (
         "accelerate_config",
         "launching",
         "floats",
+        "intervals",
         "doctor",
         *("doctor.finding", "doctor.packages", "doctor.devices", "doctor.limits", "doctor.storage", "doctor.network"),
     ),

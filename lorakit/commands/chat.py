@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from lorakit.console import Console
-from lorakit.core.errors import LorakitError
+from lorakit.core.errors import LorakitError, Stopped
 
 if TYPE_CHECKING:
     from lorakit.core.config import ChatConfig
@@ -34,7 +34,7 @@ def run(config: "ChatConfig", console: Console) -> None:
             if question:
                 _ask(question, talk, model.model, console)
         except LorakitError as error:
-            if not console.is_terminal:
+            if isinstance(error, Stopped) or not console.is_terminal:
                 raise
             console.error(error)
 

@@ -21,15 +21,15 @@ Imports go down only:
     planning
       training, merging, starter, probing, launching, doctor
         training.loop, merging.comparing
-          evaluation, generation, training.schedule, training.optimizers, training.checkpoints
-            attention, merging.apply, merging.verifying, doctor.attention
-              attention.proving, merging.quantizing, merging.card
+          evaluation, training.schedule, training.optimizers, training.checkpoints
+            attention, merging.apply, merging.verifying, doctor.attention, exact_match
+              attention.proving, merging.quantizing, merging.card, generation
                 preparing, model, attention.trials, merging.plan
                   sources, packing, blocks, adapters, offloading, placement, attention.cases, attention.miniature
                     readers, tokenization, attention.implementations, memory, doctor's other kernels
                       records, profiling, shapes, tracking, accelerate_config, parallel, doctor's other rooms
                         templates, weights, hub, environment, elastic, reporting, doctor.trials
                           artifacts, doctor.finding
-                            config, disk, floats
+                            config, disk, floats, intervals
                               errors, events
 """

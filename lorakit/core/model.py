@@ -49,6 +49,8 @@ class Opened:
     model: PreTrainedModel | PeftModel
     tokenizer: "PreTrainedTokenizerBase"
     adapter: Adapter | None
+    tokenizer_folder: Path | None = None
+    """Where the tokenizer lies: with an adapter that has its own, else with the model."""
     kept_on: str | None = None
     """A tensor of the base that the adapter replaces for good, so that switching it off doesn't give the base."""
 
@@ -567,7 +569,7 @@ def open_model(name: str, base_name: str | None, dtype: str, report: Report, qua
                 f"{name}: found a whole model, need an adapter where --base is given", "leave out --base"
             )
         base = load_base(open_weights(folder), pick_dtype(dtype, device), device, quantize)
-        return Opened(base, load_tokenizer(folder), None)
+        return Opened(base, load_tokenizer(folder), None, folder)
     adapter = open_adapter(folder, report)
     weights = open_weights(base_folder(adapter, base_name))
     changes = match(adapter, weights)
@@ -576,9 +578,8 @@ def open_model(name: str, base_name: str | None, dtype: str, report: Report, qua
     model = wrap(base, adapter)
     modules = {name: model.get_base_model().get_submodule(name.rpartition(".")[0]) for name in replaced}
     kept_on = next((name for name, module in modules.items() if not isinstance(module, ModulesToSaveWrapper)), None)
-    own_tokenizer = (folder / "tokenizer.json").is_file()
-    tokenizer = load_tokenizer(folder if own_tokenizer else weights.folder)
-    return Opened(model, tokenizer, adapter, kept_on)
+    tokenizer_folder = folder if (folder / "tokenizer.json").is_file() else weights.folder
+    return Opened(model, load_tokenizer(tokenizer_folder), adapter, tokenizer_folder, kept_on)
 
 
 def _replaced(base: PreTrainedModel, adapter: Adapter, changes: Sequence[Change]) -> list[str]:

@@ -211,7 +211,7 @@ def test_ctrl_c_ends_an_answer_and_keeps_the_prompt(models: dict[str, Path], ter
     assert 0 < turn["completion_tokens"] < 50_000
 
 
-@pytest.mark.parametrize("ending", ["/exit\n", "\x04", "\x03\x03"])
+@pytest.mark.parametrize("ending", ["/exit\n", "\x04", "\x03"])
 def test_a_line_can_be_edited_and_taken_back(
     ending: str, models: dict[str, Path], terminal: Callable[..., Terminal]
 ) -> None:
@@ -224,9 +224,11 @@ def test_a_line_can_be_edited_and_taken_back(
     shell.until("system prompt: Be kind.")
     shell.type("\x1b[A!\n")
     shell.until("system prompt: Be kind.!")
-    for sign in ending:
-        shell.type(sign)
-        time.sleep(0.3)
+    shell.until("> ", 3)
+    shell.type(ending)
+    if ending == "\x03":
+        shell.until("Ctrl-C once more")
+        shell.type(ending)
     assert shell.left() == (0, True)
 
 
