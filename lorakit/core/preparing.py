@@ -583,7 +583,8 @@ def _template_file(work: _Work) -> Iterator[tuple[str, bytes]]:
     """What makes chat ask as rows were rendered, where that isn't the tokenizer's own template."""
     if work.format == "text" or (work.template and work.template[0] == work.spec.chat_template):
         return
-    source = _PLAIN if work.template is None else work.template[0]
+    begin = "{{ bos_token }}" if work.spec.bos_id is not None else ""
+    source = begin + _PLAIN if work.template is None else work.template[0]
     if not _compiled(source, "template", work.spec).of_rows:
         yield TEMPLATE, source.encode()
 

@@ -1,6 +1,7 @@
 """Answers: the tokens that transformers generates, in pieces, ended where a model ends turns, within its context."""
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from lorakit.core.errors import InputRefused, UsageError
 from lorakit.core.events import Notice
 from lorakit.core.generation import Conversation, answer, complete, context_tokens, end_ids, prompt_ids
 from lorakit.core.model import Opened, open_model
-from tests.conftest import make_llama
+from tests.conftest import Ran, make_llama
 from tests.core.merging.adapted import make_adapter
 
 ENDS = [257, 258]
@@ -322,3 +323,35 @@ def test_an_unknown_command_is_no_question(line: str, adapter: Path, monkeypatch
     known = "/base, /adapter, /system, /reset, /help, /exit"
     with pytest.raises(UsageError, match=f"found no such command, need one of {known}"):
         Talk(opened(adapter), monkeypatch).conversation.understand(line)
+
+
+def test_rows_that_were_joined_plainly_are_asked_with_the_begin_token_that_they_were_trained_with(
+    tmp_path: Path, cli: Callable[..., Ran]
+) -> None:
+    """The prompt of chat, and that of evaluate, are the first tokens of what was trained."""
+    from tokenizers.processors import TemplateProcessing
+
+    from lorakit.core.blocks import Blocks
+
+    base = make_llama(tmp_path / "base", chat_template=None)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    begin = (tokenizer.bos_token, tokenizer.bos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{begin[0]} $A", special_tokens=[begin])
+    tokenizer.save_pretrained(base)
+    rows, run = tmp_path / "rows.jsonl", tmp_path / "run"
+    rows.write_text('{"prompt": "one ", "completion": "two"}\n')
+    given = ("--model", base, "--dataset", rows, "--block-size", 16, "--max-steps", 1, "--output", run)
+    assert cli("train", *given).code == 0
+    blocks = Blocks(next((tmp_path / "cache" / "blocks").iterdir()))
+    tokens, trained, _ = blocks.arrays(0)
+    first = tokens[: int(trained.argmax())].tolist()
+    assert first[0] == begin[1]
+    assert prompt_ids(opened(run), [{"role": "user", "content": "one "}]) == first
+    found = [
+        cli("evaluate", model, "--dataset", rows, "--block-size", 16, "--json").json["tokens"] for model in (base, run)
+    ]
+    assert found[0] == found[1] == int(trained.sum())
+    losses = cli("evaluate", run, "--dataset", rows, "--block-size", 16, "--json").json
+    assert losses["base_loss"] == pytest.approx(
+        cli("evaluate", base, "--dataset", rows, "--block-size", 16, "--json").json["loss"], rel=1e-6
+    )
