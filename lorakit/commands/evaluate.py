@@ -12,8 +12,7 @@ if TYPE_CHECKING:
 def run(config: "EvaluateConfig", console: Console) -> None:
     """Measure loss and perplexity over trained tokens, and answers to rows; for an adapter, its base's beside it.
 
-    Examples: lorakit evaluate runs/mine --blocks held-out
-    lorakit evaluate runs/mine --dataset test.jsonl --exact-match --answer-pattern '#### (.*)'
+    Example: lorakit evaluate runs/mine --dataset test.jsonl --exact-match --answer-pattern "#### (.*)"
     """
     from lorakit.core.evaluation import evaluate
 
