@@ -10,14 +10,15 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
 from rich.console import Console as RichConsole
+from rich.segment import Segment, Segments
 from rich.text import Text
 
-from lorakit.core.errors import LorakitError, Stopped
+from lorakit.core.errors import InputRefused, LorakitError, Stopped
 from lorakit.core.events import Notice, Progress
 
 _SECONDS_BETWEEN_LINES = 10.0
@@ -56,9 +57,9 @@ class Console:
         self._print(self._err, text.append(f"\n{who}").append("hint: ", style="cyan").append(error.hint))
 
     def say(self, text: str, end: str = "\n") -> None:
-        """A piece of the command's result, as text on stdout; nothing with --json."""
+        """A piece of the command's result, as text on stdout, tabs and all; nothing with --json."""
         if not self.json:
-            self._print(self._out, Text(text), end=end)
+            self._print(self._out, Segments([Segment(text + end)]), end="")
 
     def result(self, facts: Mapping[str, Any]) -> None:
         """The command's result: the JSON object with --json, else nothing (what was said before is the result)."""
@@ -193,16 +194,78 @@ class Console:
             )
         self._bar.update(task, completed=event.done, unit=event.unit, note=event.note)
 
-    def questions(self) -> Iterator[str]:
-        """What the person types, line by line, until an empty one or the end of input."""
-        while True:
-            with contextlib.suppress(EOFError):
-                if sys.stdin.isatty():
-                    self._print(self._err, Text("> ", style="bold"), end="")
-                if question := input().strip():
-                    yield question
-                    continue
+    def lines(self) -> Iterator[str]:
+        """What is typed, or comes through a pipe, line by line, to its end or Ctrl-D; empty ones are passed over. On a
+        terminal a line can be edited and earlier ones taken back, and Ctrl-C twice is the end too.
+
+        Raises InputRefused where a line isn't text."""
+        with contextlib.suppress(EOFError):
+            if self.is_terminal:
+                with contextlib.suppress(ImportError):
+                    import readline  # noqa: F401  # from now on `input` edits lines
+                yield from self._typed()
+            while not self.is_terminal:
+                if (line := self._line()).strip():
+                    yield line
+        if self.is_terminal:
+            self._print(self._err, Text(""))
+
+    def _typed(self) -> Iterator[str]:
+        """Lines until Ctrl-C was pressed twice. Between lines too it is only heard, and told at the next."""
+        heard, reading, told = False, False, False
+
+        def hear(which: int, frame: FrameType | None) -> None:
+            nonlocal heard
+            heard = True
+            if reading:
+                raise KeyboardInterrupt
+
+        before = signal.signal(signal.SIGINT, hear)
+        try:
+            while not (heard and told):
+                if heard:
+                    self._print(self._err, Text("\n(Ctrl-C once more, Ctrl-D or /exit to leave)"))
+                told, heard, line = heard, False, ""
+                with contextlib.suppress(KeyboardInterrupt):
+                    reading = True
+                    line = self._line()
+                reading = False
+                if line.strip() and not heard:
+                    told = False
+                    yield line
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def _line(self) -> str:
+        """The next line of stdin. `input` writes its prompt to stdout, where nothing else may stand beside a result."""
+        prompt = "> " if self.is_terminal else ""
+        if prompt and (self.json or not sys.stdout.isatty()):
+            self._print(self._err, Text(prompt), end="")
+            prompt = ""
+        try:
+            line = input(prompt)
+            line.encode()
+        except (UnicodeDecodeError, UnicodeEncodeError) as error:
+            message = f"stdin: found what isn't UTF-8 ({error.reason}), need text"
+            raise InputRefused(message, "convert it first: iconv -t UTF-8") from None
+        return line
+
+    @property
+    def is_terminal(self) -> bool:
+        """Whether a person types what the command reads."""
+        return sys.stdin.isatty()
+
+    @contextlib.contextmanager
+    def answering(self) -> Iterator[Callable[[], bool]]:
+        """Where a person types, Ctrl-C ends what is done in here and not the command: the first asks for it by what is
+        yielded, a second breaks it off. Raises Stopped after SIGTERM."""
+        if not self.is_terminal:
+            yield lambda: False
             return
+        with Signals() as signals, contextlib.suppress(KeyboardInterrupt):
+            yield lambda: signals.asked is not None
+        if signals.asked == "terminate":
+            raise Stopped.early(interrupted=False)
 
     def stop_progress(self) -> None:
         if self._bar is not None:

@@ -291,11 +291,25 @@ def test_no_values_no_curve(shown: Callable[[], Shown]) -> None:
     assert shown() == ("", "")
 
 
-def test_questions_are_read_until_an_empty_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO("Why?\n  And how? \n\nnever asked\n"))
-    assert list(Console().questions()) == ["Why?", "And how?"]
+def test_a_pipe_is_read_line_by_line_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("Why?\n  And how? \n\n \nasked too\n"))
+    assert list(Console().lines()) == ["Why?", "  And how? ", "asked too"]
     monkeypatch.setattr("sys.stdin", io.StringIO("Why?"))
-    assert list(Console().questions()) == ["Why?"]
+    assert list(Console().lines()) == ["Why?"]
+
+
+@pytest.mark.parametrize("line", [b"caf\xe9\n", "half \ud83d\n".encode("utf-8", "surrogatepass")])
+def test_a_pipe_of_what_is_no_text_is_refused(line: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    for errors in ("strict", "surrogateescape"):  # Python's own in the C locale
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(line), "utf-8", errors))
+        with pytest.raises(InputRefused, match="stdin: found what isn't UTF-8"):
+            list(Console().lines())
+
+
+def test_tabs_and_what_terminals_obey_stay_what_they_are(shown: Callable[[], Shown]) -> None:
+    Console().say("if x:\r\n\treturn\t1", end="")
+    Console().say("\x0c")
+    assert shown() == ("if x:\r\n\treturn\t1\x0c\n", "")
 
 
 # Closed pipes

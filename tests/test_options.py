@@ -238,11 +238,13 @@ TYPED: list[tuple[type[StepConfig], str, dict[str, Any]]] = [
     (
         ChatConfig,
         "m --base b --dtype fp32 --prompt Hi --prompt a,b --system S --max-new-tokens 5 --temperature 0.5 "
-        "--top-p 0.25 --seed 3",
+        "--top-p 0.25 --top-k 7 --seed 3 --quantize nf4",
         {
             "model": "m",
             "base": "b",
             "dtype": "fp32",
+            "quantize": "nf4",
+            "top_k": 7,
             "prompt": ["Hi", "a,b"],
             "system": "S",
             "max_new_tokens": 5,
@@ -253,8 +255,29 @@ TYPED: list[tuple[type[StepConfig], str, dict[str, Any]]] = [
     ),
     (
         EvaluateConfig,
-        "m --base b --dtype fp16 --blocks /b --blocks /c --batch-size 3",
-        {"model": "m", "base": "b", "dtype": "fp16", "blocks": ["/b", "/c"], "batch_size": 3},
+        "m --base b --dtype fp16 --quantize fp4 --dataset /b --dataset /c --batch-size 3 --split s --subset t "
+        "--revision r --columns prompt=q --template none --block-size 64 --limit 9 --exact-match "
+        "--answer-pattern x(.*) --max-new-tokens 5 --rows-at-once 2",
+        {
+            "model": "m",
+            "base": "b",
+            "dtype": "fp16",
+            "quantize": "fp4",
+            "blocks": [],
+            "dataset": ["/b", "/c"],
+            "batch_size": 3,
+            "split": "s",
+            "subset": "t",
+            "revision": "r",
+            "columns": ["prompt=q"],
+            "template": "none",
+            "block_size": 64,
+            "limit": 9,
+            "exact_match": True,
+            "answer_pattern": "x(.*)",
+            "max_new_tokens": 5,
+            "rows_at_once": 2,
+        },
     ),
     (
         DoctorConfig,

@@ -1,6 +1,7 @@
 """The whole flow through the command line, on a tiny model."""
 
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -86,10 +87,10 @@ def test_a_conversation_keeps_its_history(cli: Cli, tiny_llama: Path, monkeypatc
         return original(template, messages, **more)
 
     monkeypatch.setattr(Template, "chat", watched)
-    monkeypatch.setattr(sys, "stdin", io.StringIO("one\ntwo\n\nnever read\n"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one\n\ntwo\n/exit\nnever asked\n"))
     ran = cli("chat", tiny_llama, "--system", "Be kind.", "--max-new-tokens", 4, "--json")
     assert ran.code == 0, ran.err
-    assert [answer["prompt"] for answer in ran.json["answers"]] == ["one", "two"]
+    assert [json.loads(line)["prompt"] for line in ran.out.splitlines()] == ["one", "two"]
     assert asked == ["system | user", "system | user | assistant | user"]
 
 
@@ -107,7 +108,7 @@ def test_chat_gives_what_transformers_generates(cli: Cli, tiny_llama: Path) -> N
         ids = torch.cat([ids, step[None, None]], dim=1)
     expected = tokenizer.decode(ids[0, -12:], skip_special_tokens=True)
     ran = cli("chat", tiny_llama, "--prompt", "hello", "--max-new-tokens", 12, "--json")
-    assert ran.json["answers"][0]["answer"] == expected
+    assert ran.json["answer"] == expected
     assert cli("chat", tiny_llama, "--prompt", "hello", "--max-new-tokens", 12).out.strip() == expected.strip()
 
 
@@ -125,7 +126,7 @@ def test_sampling_follows_its_seed(cli: Cli, tiny_llama: Path) -> None:
         0.99,
         "--json",
     )
-    one, same, other = (cli(*given, "--seed", seed).json["answers"] for seed in (1, 1, 2))
+    one, same, other = (cli(*given, "--seed", seed).json["answer"] for seed in (1, 1, 2))
     assert one == same
     assert one != other
 
@@ -162,3 +163,24 @@ def test_new_tokens_go_from_prepare_to_the_merged_model(
     torch.testing.assert_close(whole(input_ids=ids).logits, by_peft(input_ids=ids).logits, rtol=0, atol=1e-5)
     untrained = AutoModelForCausalLM.from_pretrained(model).get_input_embeddings().weight.mean(0)
     assert not torch.allclose(whole.get_input_embeddings().weight[260], untrained, atol=1e-3)
+
+
+def test_each_hint_can_be_pasted_into_a_shell(
+    cli: Cli, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From prepare to the merged model by what each command says at its end, in folders with spaces and quotes."""
+    folder = tmp_path / "Ada's models"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    model = make_llama(folder / "tiny llama")
+
+    def hinted(*arguments: object) -> list[str]:
+        ran = cli(*arguments)
+        assert ran.code == 0, ran.err
+        return shlex.split(ran.err.splitlines()[-1].removeprefix("hint: lorakit "))
+
+    training = hinted("prepare", rows_file, "--tokenizer", model, "--block-size", 128, "--output", "some blocks")
+    merging = hinted(*training, "--max-steps", 1)
+    talking = hinted(*merging)
+    assert cli(*talking, "--prompt", "hello", "--max-new-tokens", 2).code == 0
+    assert hinted("patch-attention", model, "--block-size", 128) == ["patch-attention", str(model), "--apply"]

@@ -18,20 +18,23 @@ PACKAGE = ROOT / "lorakit"
 
 FLOORS = (
     ("errors", "events"),
-    ("config", "disk", "floats", "fast", "fast.storage"),
+    ("config", "disk", "floats", "intervals", "fast", "fast.storage"),
     ("artifacts", "doctor.finding", "fast.kernels"),
-    ("templates", "weights", "hub", "environment", "elastic", "reporting", "fast.linear"),
+    ("templates", "weights", "hub", "environment", "elastic", "reporting", "fast.linear", "doctor.trials"),
     (
         *("records", "profiling", "shapes", "parallel", "tracking", "accelerate_config", "fast.layers"),
         *("doctor.packages", "doctor.devices", "doctor.limits", "doctor.storage", "doctor.network", "doctor.report"),
     ),
-    ("readers", "tokenization", "attention.implementations", "memory"),
+    (
+        *("readers", "tokenization", "attention.implementations", "memory"),
+        *("doctor.cuda", "doctor.bitsandbytes", "doctor.processes"),
+    ),
     ("sources", "packing", "blocks", "adapters", "offloading", "attention.cases", "attention.miniature", "placement"),
     ("preparing", "model", "attention.trials", "merging.plan"),
-    ("attention.proving", "merging.quantizing", "merging.card", "fast.engine"),
-    ("attention", "merging.apply", "merging.verifying"),
+    ("attention.proving", "merging.quantizing", "merging.card", "generation", "fast.engine"),
+    ("attention", "merging.apply", "merging.verifying", "doctor.attention", "exact_match"),
     (
-        *("evaluation", "generation", "doctor.kernels"),
+        "evaluation",
         *("training.schedule", "training.optimizers", "training.checkpoints"),
     ),
     ("training.loop", "merging.comparing"),
@@ -59,6 +62,7 @@ WITHOUT_TORCH = (
         "accelerate_config",
         "launching",
         "floats",
+        "intervals",
         "doctor",
         *("doctor.finding", "doctor.packages", "doctor.devices", "doctor.limits", "doctor.storage", "doctor.network"),
     ),

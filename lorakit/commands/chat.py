@@ -3,30 +3,49 @@
 from typing import TYPE_CHECKING
 
 from lorakit.console import Console
+from lorakit.core.errors import LorakitError, Stopped
 
 if TYPE_CHECKING:
     from lorakit.core.config import ChatConfig
+    from lorakit.core.generation import Conversation
 
 
 def run(config: "ChatConfig", console: Console) -> None:
-    """Talk with a base, an adapter or a merged model; without --prompt, a conversation.
+    """Talk with a base, an adapter or a merged model; --prompt asks and exits, a pipe is answered line by line.
 
     Example: lorakit chat runs/mine --prompt "Why is the sky blue?"
     """
-    from lorakit.core.generation import answer
+    from lorakit.core.generation import HELP, Conversation
     from lorakit.core.model import open_model
 
-    opened = open_model(config.model.model, config.model.base, config.model.dtype, console.report)
-    system = [{"role": "system", "content": config.chat.system}] if config.chat.system else []
-    answers = []
-    history = list(system)
-    if not config.chat.prompt:
-        console.note("a conversation: an empty line or Ctrl-D ends it")
-    for prompt in config.chat.prompt or console.questions():
-        before = list(system) if config.chat.prompt else history
-        messages = [*before, {"role": "user", "content": prompt}]
-        text = answer(opened, messages, config.sampling, lambda piece: console.say(piece, end=""))
-        console.say("")
-        history = [*messages, {"role": "assistant", "content": text}]
-        answers.append({"prompt": prompt, "answer": text})
-    console.result({"model": config.model.model, "answers": answers})
+    model, prompts = config.model, config.chat.prompt
+    opened = open_model(model.model, model.base, model.dtype, console.report, model.quantize)
+    talk = Conversation(opened, config.chat.system, config.sampling, console.report)
+    for prompt in prompts:
+        talk.reset()
+        _ask(prompt, talk, model.model, console)
+    if console.is_terminal and not prompts:
+        console.note(HELP)
+    for line in console.lines() if not prompts else ():
+        try:
+            question = talk.understand(line)
+            if question is None:
+                break
+            if question:
+                _ask(question, talk, model.model, console)
+        except LorakitError as error:
+            if isinstance(error, Stopped) or not console.is_terminal:
+                raise
+            console.error(error)
+
+
+def _ask(question: str, talk: "Conversation", model: str, console: Console) -> None:
+    """Say the answer as it comes, until Ctrl-C; with --json an object a turn."""
+    answer = None
+    with console.answering() as stopped:
+        answer = talk.ask(question, lambda piece: console.say(piece, end=""), stopped)
+    console.say("")
+    if answer is not None:
+        if answer.finish_reason == "length":
+            console.note(f"(cut at {answer.completion_tokens} tokens; --max-new-tokens allows more)")
+        console.result({"model": model, "prompt": question, **vars(answer)})

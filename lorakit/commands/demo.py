@@ -43,7 +43,7 @@ def run(config: "DemoConfig", console: Console) -> None:
     with as_file(files("lorakit.data").joinpath("demo.jsonl")) as rows:
         lorakit("prepare", rows, "--tokenizer", base, "--block-size", BLOCK_SIZE, "--output", blocks)
     epochs = ["--epochs", config.demo.epochs]
-    trained = lorakit("train", "--model", base, "--blocks", blocks, "--output", adapter, *epochs, *TRAINING)
+    [trained] = lorakit("train", "--model", base, "--blocks", blocks, "--output", adapter, *epochs, *TRAINING)
     after = lorakit("chat", adapter, *prompts)
     lorakit("merge", adapter, "--output", merged)
     at_last = lorakit("chat", merged, *prompts)
@@ -53,9 +53,9 @@ def run(config: "DemoConfig", console: Console) -> None:
     answers = [
         {
             **question,
-            "before": before["answers"][index]["answer"],
-            "trained": after["answers"][index]["answer"],
-            "merged": at_last["answers"][index]["answer"],
+            "before": before[index]["answer"],
+            "trained": after[index]["answer"],
+            "merged": at_last[index]["answer"],
         }
         for index, question in enumerate(questions)
     ]
@@ -81,7 +81,7 @@ def run(config: "DemoConfig", console: Console) -> None:
         )
     seconds = time.monotonic() - started
     console.result({"path": out, "right": right, "answers": answers, "commands": ran, "seconds": seconds})
-    console.hint(f"lorakit chat {merged}")
+    console.hint(shlex.join(["lorakit", "chat", str(merged)]))
 
 
 def _short(path: Path) -> Path:
@@ -102,4 +102,4 @@ def _run_command(arguments: list[str], console: Console, ran: list[str]) -> Any:
     done = subprocess.run([sys.executable, "-m", "lorakit", *arguments, "--json", *quiet], stdout=subprocess.PIPE)
     if done.returncode:
         raise SystemExit(done.returncode)
-    return json.loads(done.stdout)
+    return [json.loads(line) for line in done.stdout.splitlines()]

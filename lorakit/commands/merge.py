@@ -1,5 +1,6 @@
 """`lorakit merge`: adapters + their base → one ordinary model."""
 
+import shlex
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,7 +39,7 @@ def run(config: "MergeConfig", console: Console) -> None:
         }
     )
     console.result({**vars(merged), "seconds": seconds})
-    console.hint(f"lorakit chat {merged.path}")
+    console.hint(shlex.join(["lorakit", "chat", str(merged.path)]))
 
 
 def _logits(difference: float) -> str:

@@ -1,5 +1,6 @@
 """`lorakit patch-attention`: which kernel a model's attention runs, whether it is right, and the best one applied."""
 
+import shlex
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -45,7 +46,7 @@ def run(config: "PatchAttentionConfig", console: Console) -> None:
     console.result({**rest, "attention": str(proof.shape), **lists, "patched": found.patched and found.patched.path})
     attention.require_right(proof)
     if not found.written and not found.patched:
-        console.hint(f"lorakit patch-attention {config.attention.model} --apply")
+        console.hint(shlex.join(["lorakit", "patch-attention", str(config.attention.model), "--apply"]))
 
 
 def _cells(row: "Row") -> list[str]:

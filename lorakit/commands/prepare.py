@@ -1,5 +1,6 @@
 """`lorakit prepare`: a dataset → packed blocks of tokens."""
 
+import shlex
 import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING
@@ -49,4 +50,5 @@ def run(config: "PrepareConfig", console: Console) -> None:
     preview = [asdict(row) for row in prepared.preview]
     seconds = time.monotonic() - started
     console.result({**flat, **figures, "dropped": dropped, "preview": preview, "seconds": seconds})
-    console.hint(f"lorakit train --model {config.data.tokenizer} --blocks {prepared.path}")
+    given = ["--model", config.data.tokenizer, "--blocks", str(prepared.path)]
+    console.hint(shlex.join(["lorakit", "train", *given]))

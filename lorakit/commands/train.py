@@ -1,5 +1,6 @@
 """`lorakit train`: blocks + a base model → an adapter."""
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,4 +53,4 @@ def run(config: "TrainConfig", console: Console) -> None:
         }
     )
     console.result(vars(trained))
-    console.hint(f"lorakit merge {trained.path}")
+    console.hint(shlex.join(["lorakit", "merge", str(trained.path)]))

@@ -22,15 +22,15 @@ Imports go down only:
     planning
       training, merging, starter, probing, launching, doctor
         training.loop, merging.comparing
-          evaluation, generation, training.schedule, training.optimizers, training.checkpoints, doctor.kernels
-            attention, merging.apply, merging.verifying
-              attention.proving, merging.quantizing, merging.card, fast.engine
+          evaluation, training.schedule, training.optimizers, training.checkpoints
+            attention, merging.apply, merging.verifying, doctor.attention, exact_match
+              attention.proving, merging.quantizing, merging.card, generation, fast.engine
                 preparing, model, attention.trials, merging.plan
                   sources, packing, blocks, adapters, offloading, placement, attention.cases, attention.miniature
-                    readers, tokenization, attention.implementations, memory
+                    readers, tokenization, attention.implementations, memory, doctor's other kernels
                       records, profiling, shapes, tracking, accelerate_config, parallel, fast.layers, doctor's others
-                        templates, weights, hub, environment, elastic, reporting, fast.linear
+                        templates, weights, hub, environment, elastic, reporting, fast.linear, doctor.trials
                           artifacts, doctor.finding, fast.kernels
-                            config, disk, floats, fast.storage
+                            config, disk, floats, intervals, fast.storage
                               errors, events
 """

@@ -83,6 +83,9 @@ _MAX_SEED = 2**63 - 1  # what torch.manual_seed takes
 _MAX_LAYERS = 10_000
 
 
+_TEMPLATE_NEED = "one of " + ", ".join(TEMPLATES) + ", or a Jinja file"
+
+
 def setting(
     default: Any = ...,
     help: str = "",
@@ -152,6 +155,14 @@ def _template_or_file(name: str) -> str:
     return str(path)
 
 
+def _compiling(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(str(error)) from None
+    return pattern
+
+
 def _pairs(value: object) -> object:
     return tuple(f"{name}={column}" for name, column in value.items()) if isinstance(value, Mapping) else value
 
@@ -219,6 +230,10 @@ DatasetNames = Annotated[tuple[Annotated[str, AfterValidator(_absolute_dataset)]
 """Local files, folders and patterns (kept absolute), and hub ids."""
 WeightedNames = Annotated[tuple[Annotated[str, AfterValidator(_absolute_adapter)], ...], BeforeValidator(_one_or_more)]
 """Local folders (kept absolute) and hub ids, each with a weight behind its last colon or without."""
+Template = Annotated[str, AfterValidator(_template_or_file)]
+"""A template's name, or a Jinja file (kept absolute)."""
+Pattern = Annotated[str, AfterValidator(_compiling)]
+"""A regular expression."""
 Paths = Annotated[tuple[PathSetting, ...], BeforeValidator(_one_or_more)]
 Renamings = Annotated[
     tuple[Annotated[str, AfterValidator(_renaming)], ...], BeforeValidator(_split_commas), BeforeValidator(_pairs)
@@ -361,12 +376,12 @@ class PackingSection(Section):
     train_on: Literal["completion", "all"] = setting(
         "completion", "Train on completions and assistant turns only, or on all tokens. Rows of text: always all."
     )
-    template: Annotated[str, AfterValidator(_template_or_file)] = setting(
+    template: Template = setting(
         "auto",
         "How rows become text: the tokenizer's chat template, plain joining (none), alpaca, vicuna, llama2, chatml, or "
         "a Jinja file. auto: chat where the tokenizer has one, else alpaca for Alpaca rows and none for others.",
         metavar="NAME|FILE",
-        need="one of " + ", ".join(TEMPLATES) + ", or a Jinja file",
+        need=_TEMPLATE_NEED,
         decides_result=False,
     )
     pack: Literal["best-fit", "concat", "none"] = setting(
@@ -755,12 +770,16 @@ class AnyModelSection(Section):
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = setting(
         "auto", "Number type of the model. auto: bf16 where the GPU has it, fp16 on older GPUs, fp32 on the CPU."
     )
+    quantize: Quantization = setting("none", _QUANTIZE)
 
 
 class ChatSection(Section):
     title = "Conversation"
     prompt: tuple[str, ...] = setting(
-        (), "Ask this and exit; may be given several times, each a conversation of its own.", repeated=True
+        (),
+        "Ask this and exit; may be given several times, each a conversation of its own. Left out: what is typed, or "
+        "each line of a pipe.",
+        repeated=True,
     )
     system: str | None = setting(None, "System prompt. Left out: the chat template's own.")
 
@@ -770,19 +789,63 @@ class SamplingSection(Section):
     max_new_tokens: int = setting(256, "Longest answer, in tokens.", ge=1)
     temperature: float = setting(0.0, "0: always the likeliest token. Higher: more variety.", ge=0)
     top_p: float = setting(1.0, "Sample from the likeliest tokens that reach this probability together.", gt=0, le=1)
-    seed: int = setting(0, "Seed of sampling.", ge=0, le=_MAX_SEED)
+    top_k: int = setting(0, "Sample from this many of the likeliest tokens. 0: from all.", ge=0)
+    seed: int = setting(0, "Seed of sampling: the same one answers the same.", ge=0, le=_MAX_SEED)
 
 
 class EvaluationDataSection(Section):
     title = "Data"
     blocks: Paths = setting(
-        help="Blocks folder made by `lorakit prepare` (its held-out part where it has one); may be repeated.",
+        (),
+        "Blocks folder made by `lorakit prepare` (its held-out part where it has one); may be repeated.",
         repeated=True,
         metavar="DIR",
         decides_result=False,
-        min_length=1,
+    )
+    dataset: DatasetNames = setting(
+        (),
+        "Instead of --blocks: rows, prepared first as the model's own were (and found again in the cache); may be "
+        "repeated.",
+        repeated=True,
+        metavar="DATASET",
+        decides_result=False,
     )
     batch_size: int = setting(1, "Blocks computed at once.", ge=1)
+
+
+class EvaluationRowsSection(Section):
+    title = "Rows of --dataset"
+    split: str | None = setting(None, "Split of a dataset that has several. Left out: train.", metavar="NAME")
+    subset: str | None = setting(None, "Configuration of a hub dataset, or a sub-folder.", metavar="NAME")
+    revision: str | None = setting(None, "Branch, tag or commit of a hub dataset.", metavar="REVISION")
+    columns: Renamings = setting(
+        (), "Columns that the rows name otherwise: prompt=question,completion=answer.", metavar="NAME=COLUMN"
+    )
+    template: Template = setting(
+        "auto",
+        "How rows become text, as for `lorakit prepare`. auto: as the adapter's own, else the tokenizer's chat "
+        "template.",
+        metavar="NAME|FILE",
+        need=_TEMPLATE_NEED,
+    )
+    block_size: int = setting(2048, "Tokens in a block; a longer row is split.", ge=8, le=65_536)
+    limit: int | None = setting(None, "Take only the first rows.", ge=1, metavar="N")
+
+
+class ExactMatchSection(Section):
+    title = "Exact match"
+    exact_match: bool = setting(
+        False, "Have the model answer each row of --dataset, and count the answers that equal the row's completion."
+    )
+    answer_pattern: Pattern | None = setting(
+        None,
+        "What of a completion is compared: the first place that this regular expression matches, its first group where "
+        "it has one; '#### (.*)' for GSM8K. Left out: all of it, without spaces at its ends.",
+        metavar="REGEX",
+        need="a regular expression",
+    )
+    max_new_tokens: int = setting(256, "Longest answer, in tokens.", ge=1)
+    rows_at_once: int = setting(8, "Rows answered at once.", ge=1)
 
 
 class DoctorSection(Section):
@@ -1135,6 +1198,29 @@ class ChatConfig(StepConfig):
 class EvaluateConfig(StepConfig):
     model: AnyModelSection
     data: EvaluationDataSection
+    rows: EvaluationRowsSection
+    matching: ExactMatchSection
+
+    @model_validator(mode="after")
+    def _options_that_need_others(self) -> Self:
+        problems = []
+        given = [source for source in (self.data.blocks, self.data.dataset) if source]
+        if len(given) != 1:
+            problems.append(f"found {len(given)} of --blocks and --dataset, need exactly one of them")
+        of_rows = differences(self.rows.model_dump(), EvaluationRowsSection().model_dump())
+        if self.data.blocks and of_rows:
+            names = ", ".join(option_name(line.partition(":")[0]) for line in of_rows)
+            problems.append(f"found {names} beside --blocks, need --dataset: blocks are packed already")
+        if self.data.blocks and self.matching.exact_match:
+            problems.append("found --exact-match beside --blocks, need rows to answer: --dataset")
+        others = self.matching.model_dump(exclude={"exact_match"})
+        of_matching = differences(others, ExactMatchSection().model_dump(exclude={"exact_match"}))
+        if of_matching and not self.matching.exact_match:
+            names = ", ".join(option_name(line.partition(":")[0]) for line in of_matching)
+            problems.append(f"found {names} without --exact-match, need both")
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
 
 
 class PlanDevicesConfig(StepConfig):

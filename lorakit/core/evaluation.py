@@ -1,15 +1,17 @@
-"""A model and blocks → loss over the trained tokens, and perplexity.
+"""A model and blocks or rows → loss over the trained tokens, perplexity, and exact match; the base beside an adapter.
 
 Shapes by suffix: B blocks, T tokens of a block, N trained tokens, C those of a chunk, H hidden size, V vocabulary.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from peft import PeftModel
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -18,24 +20,80 @@ from torch.utils.checkpoint import checkpoint
 from lorakit.core.attention import apply
 from lorakit.core.attention.implementations import BY_LENGTHS
 from lorakit.core.blocks import VALIDATION, Batch, Blocks
-from lorakit.core.config import EvaluateConfig
+from lorakit.core.config import (
+    DatasetSection,
+    EvaluateConfig,
+    OutputSection,
+    PackingSection,
+    PrepareConfig,
+    PreviewSection,
+    RowsSection,
+    SplitSection,
+    TokensSection,
+)
 from lorakit.core.errors import NonFinite
 from lorakit.core.events import Notice, Progress, Report
+from lorakit.core.exact_match import Matches, answer_all, references
+from lorakit.core.intervals import Interval, ratio_interval
 from lorakit.core.memory import LOSS_TOKENS
-from lorakit.core.model import open_model, require_vocabulary
+from lorakit.core.model import Opened, open_model, require_vocabulary
 from lorakit.core.parallel import World
+from lorakit.core.preparing import Question, prepare, questions
 from lorakit.core.shapes import CHANGES_LOGITS
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """Mean loss in nats per trained token; the base's where an adapter was evaluated, else None."""
+class Losses:
+    """Cross-entropy summed over the trained tokens of each block, in nats, and how many those are; both [blocks]."""
+
+    sums: NDArray[np.float64]
+    tokens: NDArray[np.int64]
+
+    @property
+    def mean(self) -> float:
+        """Nats per trained token."""
+        return float(self.sums.sum() / max(self.tokens.sum(), 1))
+
+    @property
+    def interval(self) -> Interval | None:
+        """Its 95 % confidence interval over blocks; None of fewer than two."""
+        return ratio_interval(self.sums.tolist(), self.tokens.tolist())
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Figures of one model, with their 95 % confidence intervals: loss in nats per trained token, and the share of rows
+    that it answered right where that was asked for."""
 
     loss: float
+    loss_interval: Interval | None
     perplexity: float
+    perplexity_interval: Interval | None
+    exact_match: float | None
+    exact_match_interval: Interval | None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured of a model, and of its base where it is an adapter. `loss_change` is the model's loss less its
+    base's over the same blocks, which is known better than either."""
+
     tokens: int
-    base_loss: float | None
-    base_perplexity: float | None
+    blocks: int
+    model: Measured
+    base: Measured | None
+    loss_change: float | None
+    loss_change_interval: Interval | None
+    rows: int | None
+    answers: Sequence[Mapping[str, Any]] | None
+    """For each row its place, the reference, the answers, what of them was compared, and whether that was right."""
+
+    def as_json(self) -> dict[str, Any]:
+        """What `--json` shows; the base's figures are there as null where there is no base."""
+        names = [field.name for field in fields(Measured)]
+        of_base = {f"base_{name}": getattr(self.base, name, None) for name in names}
+        rest = {name: value for name, value in vars(self).items() if name not in ("model", "base")}
+        return {**vars(self.model), **of_base, **rest}
 
 
 def loss_sum(model: Any, batch: Batch, chunk_tokens: int = LOSS_TOKENS) -> Tensor:
@@ -45,6 +103,18 @@ def loss_sum(model: Any, batch: Batch, chunk_tokens: int = LOSS_TOKENS) -> Tenso
     passed, which is how transformers keeps packed documents apart. Logits exist only where a token is trained, for
     `chunk_tokens` of them at a time, and are computed again in the backward pass.
     """
+    return torch.stack(_losses(model, batch, chunk_tokens, "sum")).sum()
+
+
+def block_losses(model: Any, batch: Batch) -> NDArray[np.float64]:
+    """The same for each block of a batch by itself: [B]."""
+    losses_N = torch.cat(_losses(model, batch, LOSS_TOKENS, "none")).double().cpu()
+    counts = batch.trained_BT[:, 1:].sum(axis=1).tolist()
+    return np.array([float(losses.sum()) for losses in losses_N.split(counts)])
+
+
+def _losses(model: Any, batch: Batch, chunk_tokens: int, reduction: str) -> list[Tensor]:
+    """The loss of each chunk of trained tokens: its sum, or that of each token."""
     device = model.get_input_embeddings().weight.device
     ids_BT = torch.from_numpy(batch.ids_BT).to(device)
     positions_BT = torch.from_numpy(batch.positions_BT).to(device)
@@ -61,39 +131,50 @@ def loss_sum(model: Any, batch: Batch, chunk_tokens: int = LOSS_TOKENS) -> Tenso
     predicting_BT = torch.from_numpy(batch.trained_BT[:, 1:]).to(last_device)
     targets_N = ids_BT[:, 1:].to(last_device)[predicting_BT]
     if as_it_is:
-        return cross_entropy(output.logits[:, :-1][predicting_BT].float(), targets_N, reduction="sum")
+        return [cross_entropy(output.logits[:, :-1][predicting_BT].float(), targets_N, reduction=reduction)]
     hidden_NH = output.last_hidden_state[:, :-1][predicting_BT]
     del output
-    losses = [
-        checkpoint(_chunk_loss, whole.get_output_embeddings(), hidden_CH, targets_C, use_reentrant=False)
+    return [
+        checkpoint(_chunk_loss, whole.get_output_embeddings(), hidden_CH, targets_C, reduction, use_reentrant=False)
         for hidden_CH, targets_C in zip(hidden_NH.split(chunk_tokens), targets_N.split(chunk_tokens), strict=True)
     ]
-    return torch.stack(losses).sum()
 
 
-def _chunk_loss(head: Any, hidden_CH: Tensor, targets_C: Tensor) -> Tensor:
+def _chunk_loss(head: Any, hidden_CH: Tensor, targets_C: Tensor, reduction: str) -> Tensor:
     logits_CV = head(hidden_CH)
-    return cross_entropy(logits_CV.float(), targets_C.to(logits_CV.device), reduction="sum")
+    return cross_entropy(logits_CV.float(), targets_C.to(logits_CV.device), reduction=reduction)
+
+
+def measure_losses(
+    model: Any, blocks: Blocks, batch_size: int, report: Report, task: str, world: World | None = None
+) -> Losses:
+    """The loss of each block; each process of a parallel run computes its share, and gets all of them."""
+    size, rank = (world.size, world.rank) if world is not None else (1, 0)
+    firsts = range(0, len(blocks), batch_size)
+    mine: list[tuple[int, list[float], list[int]]] = []
+    total, tokens = 0.0, 0
+    with torch.no_grad():
+        for turn in range(0, len(firsts), size):
+            at = min(turn + rank, len(firsts) - 1)  # shards are fetched by all: the last is computed again, uncounted
+            batch = blocks.batch(range(firsts[at], min(firsts[at] + batch_size, len(blocks))))
+            sums, counts = block_losses(model, batch).tolist(), batch.trained_BT[:, 1:].sum(axis=1).tolist()
+            if at == turn + rank:
+                mine.append((at, sums, counts))
+                total, tokens = total + sum(sums), tokens + sum(counts)
+            note = f"loss {total / tokens:.4f}" if tokens else ""
+            report(Progress(task, min(turn + size, len(firsts)), len(firsts), "batches", note))
+    told = world.gather(mine) if world is not None else [mine]
+    batches = sorted(one for some in told for one in some)
+    sums_of_all = [value for _, sums, _ in batches for value in sums]
+    return Losses(np.array(sums_of_all), np.array([count for _, _, counts in batches for count in counts], np.int64))
 
 
 def mean_loss(
     model: Any, blocks: Blocks, batch_size: int, report: Report, task: str, world: World | None = None
 ) -> tuple[float, int]:
-    """Mean loss over all trained tokens of `blocks`, in nats, and how many they are; each process takes its share."""
-    size, rank = (world.size, world.rank) if world is not None else (1, 0)
-    firsts = range(0, len(blocks), batch_size)
-    total, tokens = 0.0, 0
-    with torch.no_grad():
-        for turn in range(0, len(firsts), size):
-            mine = min(turn + rank, len(firsts) - 1)  # shards are fetched by all: the last is computed again, uncounted
-            batch = blocks.batch(range(firsts[mine], min(firsts[mine] + batch_size, len(blocks))))
-            loss = loss_sum(model, batch).item()
-            total += loss if mine == turn + rank else 0.0
-            tokens += batch.trained_tokens if mine == turn + rank else 0
-            report(Progress(task, min(turn + size, len(firsts)), len(firsts), "batches"))
-    told = world.gather([total, tokens]) if world is not None else [[total, tokens]]
-    counted = int(sum(one[1] for one in told))
-    return sum(one[0] for one in told) / max(counted, 1), counted
+    """Mean loss over all trained tokens of `blocks`, in nats, and how many they are."""
+    found = measure_losses(model, blocks, batch_size, report, task, world)
+    return found.mean, int(found.tokens.sum())
 
 
 def perplexity(loss: float) -> float:
@@ -102,28 +183,98 @@ def perplexity(loss: float) -> float:
 
 
 def evaluate(config: EvaluateConfig, report: Report) -> Evaluation:
-    """Loss and perplexity of a model over blocks, its base beside it where it is an adapter.
+    """Loss and perplexity of a model over blocks, or over rows, and how many of these it answers right; its base beside
+    it where it is an adapter that can be switched off.
 
-    Raises InputRefused (no blocks, blocks of another vocabulary), NonFinite, and what `open_model` raises.
+    Raises InputRefused (no blocks, blocks of another vocabulary, rows that can't be asked), NonFinite, and what
+    `open_model` and `prepare` raise.
     """
-    blocks = Blocks(config.data.blocks, VALIDATION)
+    model = config.model
+    opened = open_model(model.model, model.base, model.dtype, report, model.quantize)
+    request = _request(config, opened)
+    asked = questions(request, lambda event: None) if request is not None and config.matching.exact_match else []
+    wanted = references(asked, config.matching.answer_pattern)
+    folders = config.data.blocks if request is None else (prepare(request, report).path,)
+    blocks = Blocks(folders, VALIDATION)
     if len(blocks):
         report(Notice("over the held-out blocks"))
     else:
-        blocks = Blocks(config.data.blocks)
-    opened = open_model(config.model.model, config.model.base, config.model.dtype, report)
+        blocks = Blocks(folders)
     require_vocabulary(opened.model, blocks.largest_id(), blocks.path)
+    passes: list[tuple[str, Callable[[], Any]]] = [("", nullcontext)]
+    if opened.kept_on is not None:
+        report(Notice(f"no base beside it: the adapter replaces its {opened.kept_on}; evaluate the base by itself"))
+    elif opened.adapter is not None:
+        passes.append((" the base", opened.model.disable_adapter))
+    matches: list[Matches | None] = [None] * len(passes)
+    if asked:  # before attention is by lengths, which knows no cache
+        for index, (which, context) in enumerate(passes):
+            with context():
+                task = f"answering{which and ' by'}{which}"
+                matches[index] = answer_all(opened, asked, wanted, config.matching, report, task)
     apply(opened.model, "auto")
-    passes: list[tuple[str, Callable[[], Any]]] = [("evaluating", nullcontext)]
-    if opened.adapter is not None:
-        passes.append(("evaluating the base", opened.model.disable_adapter))
-    losses, tokens = [], 0
-    for task, context in passes:
+    losses = []
+    for which, context in passes:
         with context():
-            loss, tokens = mean_loss(opened.model, blocks, config.data.batch_size, report, task)
-        if not math.isfinite(loss):
-            raise NonFinite(f"{config.model.model}: found a loss of {loss}, need a number", "try --dtype fp32")
-        losses.append(loss)
-    perplexities = [perplexity(loss) for loss in losses]
-    base_loss, base_perplexity = (losses[1], perplexities[1]) if len(losses) > 1 else (None, None)
-    return Evaluation(losses[0], perplexities[0], tokens, base_loss, base_perplexity)
+            losses.append(measure_losses(opened.model, blocks, config.data.batch_size, report, f"evaluating{which}"))
+        if not math.isfinite(losses[-1].mean):
+            raise NonFinite(f"{model.model}: found a loss of {losses[-1].mean}, need a number", "try --dtype fp32")
+    measured = [_measured(*both) for both in zip(losses, matches, strict=True)]
+    change = Losses(losses[0].sums - losses[1].sums, losses[0].tokens) if len(losses) > 1 else None
+    return Evaluation(
+        tokens=int(losses[0].tokens.sum()),
+        blocks=len(blocks),
+        model=measured[0],
+        base=measured[1] if len(measured) > 1 else None,
+        loss_change=change.mean if change is not None else None,
+        loss_change_interval=change.interval if change is not None else None,
+        rows=len(asked) or None,
+        answers=_answers(asked, wanted, matches) if asked else None,
+    )
+
+
+def _request(config: EvaluateConfig, opened: Opened) -> PrepareConfig | None:
+    """What makes blocks of --dataset, with the tokenizer and template that the model was trained with."""
+    if not config.data.dataset:
+        return None
+    rows = config.rows
+    return PrepareConfig(
+        data=DatasetSection(dataset=config.data.dataset, tokenizer=str(opened.tokenizer_folder)),
+        tokens=TokensSection(),
+        rows=RowsSection(
+            split=rows.split,
+            subset=rows.subset,
+            revision=rows.revision,
+            columns=rows.columns,
+            max_rows=rows.limit,
+        ),
+        held_out=SplitSection(),
+        packing=PackingSection(block_size=rows.block_size, template=rows.template),
+        output=OutputSection(),
+        preview=PreviewSection(),
+    )
+
+
+def _measured(losses: Losses, matches: Matches | None) -> Measured:
+    interval = losses.interval
+    return Measured(
+        loss=losses.mean,
+        loss_interval=interval,
+        perplexity=perplexity(losses.mean),
+        perplexity_interval=interval and (perplexity(interval[0]), perplexity(interval[1])),
+        exact_match=matches.share if matches is not None else None,
+        exact_match_interval=matches.interval if matches is not None else None,
+    )
+
+
+def _answers(
+    asked: Sequence[Question], wanted: Sequence[str], matches: Sequence[Matches | None]
+) -> list[dict[str, Any]]:
+    """Each row beside what was said to it, by the model and by its base."""
+    found: list[dict[str, Any]] = [
+        {"place": question.place, "reference": reference} for question, reference in zip(asked, wanted, strict=True)
+    ]
+    for prefix, one in zip(("", "base_"), matches, strict=False):
+        for row, reply in zip(found, one.replies if one is not None else (), strict=True):
+            row |= {prefix + name: value for name, value in vars(reply).items()}
+    return found

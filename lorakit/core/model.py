@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -14,12 +15,14 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
+from safetensors import safe_open
 from torch import Tensor
 from torch.nn import ModuleList
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lorakit.core.adapters import Adapter, base_folder, match, open_adapter
+from lorakit.core.adapters import WEIGHTS, Adapter, Change, Replacement, base_folder, match, open_adapter
 from lorakit.core.config import LoraKindSection, LoraSection, is_pattern
 from lorakit.core.errors import EnvironmentUnusable, InputRefused, first_line, is_out_of_memory
 from lorakit.core.events import Notice, Report
@@ -27,7 +30,7 @@ from lorakit.core.fast.storage import FrozenLinear
 from lorakit.core.hub import model_folder
 from lorakit.core.offloading import lora_to_devices, offload, offloaded
 from lorakit.core.shapes import FAMILIES, Module, Shape, is_called, refuse_uncounted, shape_of
-from lorakit.core.tokenization import load_tokenizer, quiet_libraries
+from lorakit.core.tokenization import Codec, load_tokenizer, quiet_libraries, spec_of
 from lorakit.core.weights import Weights, open_weights
 
 if TYPE_CHECKING:
@@ -47,6 +50,20 @@ class Opened:
     model: PreTrainedModel | PeftModel
     tokenizer: "PreTrainedTokenizerBase"
     adapter: Adapter | None
+    tokenizer_folder: Path | None = None
+    """Where the tokenizer lies: with an adapter that has its own, else with the model."""
+    kept_on: str | None = None
+    """A tensor of the base that the adapter replaces for good, so that switching it off doesn't give the base."""
+
+    @cached_property
+    def codec(self) -> Codec:
+        """The tokenizer as it makes blocks. Raises InputRefused where it has no `tokenizers` backend."""
+        return Codec(spec_of(self.tokenizer))
+
+    @property
+    def whole(self) -> Any:
+        """The model without PEFT around it: its adapter, where it has one, is inside its layers all the same."""
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
 
 
 def pick_device() -> torch.device:
@@ -558,8 +575,9 @@ def _layer_of(name: str) -> int | None:
     return int(numbers[0]) if numbers else None
 
 
-def open_model(name: str, base_name: str | None, dtype: str, report: Report) -> Opened:
-    """An adapter on its base, or a base or merged model, ready for evaluation, with its tokenizer.
+def open_model(name: str, base_name: str | None, dtype: str, report: Report, quantize: str = "none") -> Opened:
+    """An adapter on its base, or a base or merged model, ready for evaluation, with its tokenizer; the base's linear
+    layers quantized where that is asked for.
 
     Raises InputRefused, Mismatch (an adapter for another base), ArtifactDamaged, HubFailed.
     """
@@ -570,15 +588,32 @@ def open_model(name: str, base_name: str | None, dtype: str, report: Report) -> 
             raise InputRefused(
                 f"{name}: found a whole model, need an adapter where --base is given", "leave out --base"
             )
-        base = load_base(open_weights(folder), pick_dtype(dtype, device), device)
-        return Opened(base, load_tokenizer(folder), None)
+        base = load_base(open_weights(folder), pick_dtype(dtype, device), device, quantize)
+        return Opened(base, load_tokenizer(folder), None, folder)
     adapter = open_adapter(folder, report)
     weights = open_weights(base_folder(adapter, base_name))
-    match(adapter, weights)
-    base = load_base(weights, pick_dtype(dtype, device), device)
+    changes = match(adapter, weights)
+    base = load_base(weights, pick_dtype(dtype, device), device, quantize)
+    replaced = _replaced(base, adapter, changes)
     model = wrap(base, adapter)
-    own_tokenizer = (folder / "tokenizer.json").is_file()
-    return Opened(model, load_tokenizer(folder if own_tokenizer else weights.folder), adapter)
+    modules = {name: model.get_base_model().get_submodule(name.rpartition(".")[0]) for name in replaced}
+    kept_on = next((name for name, module in modules.items() if not isinstance(module, ModulesToSaveWrapper)), None)
+    tokenizer_folder = folder if (folder / "tokenizer.json").is_file() else weights.folder
+    return Opened(model, load_tokenizer(tokenizer_folder), adapter, tokenizer_folder, kept_on)
+
+
+def _replaced(base: PreTrainedModel, adapter: Adapter, changes: Sequence[Change]) -> list[str]:
+    """The base's tensors that an adapter brings with other numbers: many bring an embedding that nothing has changed,
+    or that has only got new rows."""
+    found = []
+    with safe_open(adapter.folder / WEIGHTS, "pt") as tensors:
+        for change in (change for change in changes if isinstance(change, Replacement)):
+            there = base.get_parameter(change.target)
+            brought = tensors.get_tensor(change.name).to(there)
+            rows = min(len(there), len(brought))
+            if not torch.equal(there[:rows], brought[:rows]):
+                found.append(change.target)
+    return found
 
 
 def wrap(base: PreTrainedModel, adapter: Adapter) -> PeftModel:

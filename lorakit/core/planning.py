@@ -5,6 +5,7 @@ out by transformers.
 """
 
 import json
+import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -164,7 +165,7 @@ def next_command(config: PlanDevicesConfig, plan: Plan) -> str:
         options += ["--num-processes", str(len(computing))] if plan.parallel != "split" else []
     ids = built_in().get(config.model.model.lower(), {}).get("ids") or [config.model.model]
     where = ["--blocks", "DIR", "--plan", str(config.plan.output or "FILE")]
-    return " ".join(["lorakit train --model", ids[0], *options, *where])
+    return shlex.join(["lorakit", "train", "--model", ids[0], *options, *where])
 
 
 def find_shape(name: str, report: Report) -> Shape:

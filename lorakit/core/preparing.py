@@ -19,7 +19,7 @@ from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from multiprocessing import connection, forkserver, get_context, parent_process
 from pathlib import Path
 from typing import Any
@@ -583,13 +583,51 @@ def _template_file(work: _Work) -> Iterator[tuple[str, bytes]]:
     """What makes chat ask as rows were rendered, where that isn't the tokenizer's own template."""
     if work.format == "text" or (work.template and work.template[0] == work.spec.chat_template):
         return
-    source = _PLAIN if work.template is None else work.template[0]
+    begin = "{{ bos_token }}" if work.spec.bos_id is not None else ""
+    source = begin + _PLAIN if work.template is None else work.template[0]
     if not _compiled(source, "template", work.spec).of_rows:
         yield TEMPLATE, source.encode()
 
 
 _PLAIN = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 """Plain joining as a chat template."""
+
+
+# Rows as questions
+
+
+@dataclass(frozen=True)
+class Question:
+    """A row to be answered: the tokens before its completion, those of training, and the completion itself."""
+
+    place: str
+    prompt_ids: Sequence[int]
+    completion: str
+
+
+def questions(config: PrepareConfig, report: Report) -> list[Question]:
+    """The rows of a dataset, each up to its last completion. Raises InputRefused (no rows, one without a prompt or a
+    completion, one that can't be rendered) and what opening a dataset raises."""
+    spec = load_spec(model_folder(config.data.tokenizer), config.tokens.add_tokens)
+    dataset, _ = _datasets(config, report)
+    work = _work(config, spec, dataset, report)
+    maker, found = _Maker(work), []
+    for place, raw in itertools.islice(
+        (row for chunk in dataset.chunks() for row in _raw_rows(chunk)), config.rows.max_rows
+    ):
+        rendered = maker.renderer.render(parse_row(raw, place))
+        start, end = rendered.spans[-1] if work.format != "text" else (0, 0)
+        if start == 0:
+            raise InputRefused(
+                f"{place}: found no prompt with a completion, need both",
+                "name their columns: --columns prompt=COLUMN,completion=COLUMN",
+            )
+        document = next(maker.codec.encode([replace(rendered, spans=((start, end),))]))
+        completion = rendered.text[start:end].rstrip()
+        ending = next((token for token in spec.end_tokens if completion.endswith(token)), "")
+        prompt_ids = document.tokens[: int(document.trained.argmax())].tolist()
+        found.append(Question(place, prompt_ids, completion.removesuffix(ending).strip()))
+    return found
 
 
 # Preview

@@ -13,6 +13,7 @@ import unicodedata
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -198,7 +199,7 @@ class Codec:
             if token.special and not (token.normalized or token.lstrip or token.rstrip or token.single_word)
         ]
 
-    @property
+    @cached_property
     def template(self) -> Template | None:
         """The tokenizer's own chat template. Raises TemplateRefused where it is none."""
         source = self.spec.chat_template

@@ -260,7 +260,7 @@ def test_the_hint_is_a_command_that_train_takes(cli: Cli, tiny_llama: Path, rows
     """Typed as it is printed, with the blocks' folder in it, it trains by the plan."""
     import shlex
 
-    plan, blocks = tmp_path / "plan.json", tmp_path / "blocks"
+    plan, blocks = tmp_path / "a plan.json", tmp_path / "blocks"
     cli("prepare", rows_file, "--tokenizer", tiny_llama, "--block-size", 64, "--output", blocks)
     settings = ("--quantize", "nf4", "--batch-size", 2, "--rank", 4, "--no-gradient-checkpointing")
     ran = cli("plan-devices", tiny_llama, "--cpu", "4GiB", "--block-size", 64, *settings, "--output", plan)

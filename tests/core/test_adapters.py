@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft.tuners.lora import LoraLayer
+from transformers import AutoModelForCausalLM
 
 from lorakit.core.adapters import match, open_adapter
 from lorakit.core.model import open_model
@@ -36,6 +37,14 @@ def test_a_model_to_talk_with_is_pefts_own(over: str, kind: str, bases: dict[str
         warnings.simplefilter("ignore")
         opened = open_model(str(adapter), str(base), "fp32", lambda event: None)
     torch.testing.assert_close(logits(opened.model), logits(adapted(base, adapter)), rtol=1e-5, atol=1e-5)
+    if opened.kept_on is None:  # switched off, it leaves the base as it was
+        with opened.model.disable_adapter():
+            rows = AutoModelForCausalLM.from_pretrained(base).config.vocab_size
+            alone = logits(AutoModelForCausalLM.from_pretrained(base))
+            switched_off = logits(opened.model)[..., :rows]
+            torch.testing.assert_close(switched_off, alone[..., : switched_off.shape[-1]], rtol=1e-5, atol=1e-5)
+    else:
+        assert kind == "bias"
     assert opened.adapter is not None
     assert opened.adapter.vocabulary == config.get("resized", opened.adapter.vocabulary)
 

@@ -35,7 +35,7 @@ NEEDED: Mapping[type[StepConfig], dict[str, object]] = {
     PatchAttentionConfig: {"model": "owner/name"},
     MergeConfig: {"adapter": "owner/adapter"},
     ChatConfig: {"model": "owner/name"},
-    EvaluateConfig: {"model": "owner/name", "blocks": "/d/blocks"},
+    EvaluateConfig: {"model": "owner/name", "dataset": "/d/rows.jsonl", "exact_match": True},
     DemoConfig: {},
     DoctorConfig: {},
 }
@@ -146,7 +146,7 @@ def test_an_option_that_wins_over_the_file_is_the_origin() -> None:
         (TrainConfig, ["--model: found nothing"]),
         (MergeConfig, ["ADAPTER: found nothing"]),
         (ChatConfig, ["MODEL: found nothing"]),
-        (EvaluateConfig, ["MODEL: found nothing", "--blocks: found nothing"]),
+        (EvaluateConfig, ["MODEL: found nothing"]),
     ],
 )
 def test_what_is_lacking_is_named_as_it_is_typed(config_class: type[StepConfig], lacking: list[str]) -> None:
@@ -264,6 +264,11 @@ BOUNDS: list[tuple[type[StepConfig], str, list[object], list[object]]] = [
     (ChatConfig, "top_p", [0.01, 1], [0, 1.01]),
     (ChatConfig, "seed", [0, 2**63 - 1], [-1, 2**64]),
     (EvaluateConfig, "batch_size", [1], [0]),
+    (EvaluateConfig, "block_size", [8, 65_536], [7, 65_537]),
+    (EvaluateConfig, "limit", [1], [0]),
+    (EvaluateConfig, "max_new_tokens", [1], [0]),
+    (EvaluateConfig, "rows_at_once", [1], [0]),
+    (ChatConfig, "top_k", [0, 50], [-1]),
     (DemoConfig, "epochs", [0.01], [0]),
 ]
 

@@ -12,7 +12,8 @@ import torch
 
 from lorakit.core.attention import apply
 from lorakit.core.blocks import Batch, Blocks
-from lorakit.core.evaluation import loss_sum
+from lorakit.core.evaluation import block_losses, loss_sum, measure_losses
+from lorakit.core.events import Notice, Progress
 from tests.conftest import Ran
 
 Cli = Callable[..., Ran]
@@ -65,6 +66,25 @@ def test_blocks_together_lose_what_they_lose_one_by_one(model: Any, blocks_folde
     assert together == pytest.approx(apart, rel=1e-5)
 
 
+def test_a_batchs_loss_is_that_of_each_block_in_order(model: Any, blocks_folder: Path) -> None:
+    """And a progress note shows the mean so far."""
+    blocks = Blocks(blocks_folder)
+    assert len(blocks) > 2
+    alone = [loss_sum(model, blocks.batch([index])).item() for index in range(len(blocks))]
+    with torch.no_grad():
+        together = block_losses(model, blocks.batch(range(len(blocks))))
+    assert together == pytest.approx(alone, rel=1e-5)
+    told: list[Progress | Notice] = []
+    found = measure_losses(model, blocks, 2, told.append, "evaluating")
+    assert found.sums == pytest.approx(alone, rel=1e-5)
+    trained = [int(blocks.arrays(index)[1].sum()) for index in range(len(blocks))]
+    assert found.tokens.tolist() == trained
+    so_far = sum(alone[:2]) / sum(trained[:2])
+    assert isinstance(told[0], Progress)
+    assert told[0].note == f"loss {so_far:.4f}"
+    assert found.mean == pytest.approx(sum(alone) / sum(trained), rel=1e-5)
+
+
 def test_lengths_are_counted_once_a_batch_and_given_to_those_who_take_them(
     model: Any, blocks_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -84,13 +104,13 @@ def test_evaluate_takes_the_attention_that_training_would(
     from lorakit.core import evaluation
 
     seen: list[str] = []
-    original = evaluation.loss_sum
+    original = evaluation.block_losses
 
     def watched(model: Any, *rest: Any) -> Any:
         seen.append(model.config._attn_implementation)
         return original(model, *rest)
 
-    monkeypatch.setattr(evaluation, "loss_sum", watched)
+    monkeypatch.setattr(evaluation, "block_losses", watched)
     assert cli("evaluate", tiny_llama, "--blocks", blocks_folder).code == 0
     assert set(seen) == {"varlen"}
 
@@ -216,9 +236,57 @@ def test_evaluate_puts_the_base_beside_the_adapter(
     assert adapter["perplexity"] == pytest.approx(math.exp(adapter["loss"]))
     trained = sum(int(Blocks(blocks_folder).arrays(index)[1].sum()) for index in range(len(Blocks(blocks_folder))))
     assert adapter["tokens"] == base["tokens"] == trained
+    assert adapter["loss_change"] == pytest.approx(adapter["loss"] - adapter["base_loss"])
+    low, high = adapter["loss_change_interval"]
+    assert low < adapter["loss_change"] < high < 0
+    for name in ("", "base_"):
+        low, high = adapter[f"{name}loss_interval"]
+        assert low < adapter[f"{name}loss"] < high
+        assert adapter[f"{name}perplexity_interval"] == pytest.approx([math.exp(low), math.exp(high)])
     shown = cli("evaluate", run, "--blocks", blocks_folder)
     assert f"{adapter['loss']:.4f}" in shown.out
     assert "its base" in shown.out
+    assert f"{adapter['loss_change']:+.4f}" in shown.out
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4", "fp4"])
+def test_a_quantized_base_is_evaluated_as_it_is_loaded(
+    kind: str, cli: Cli, tiny_llama: Path, blocks_folder: Path
+) -> None:
+    from lorakit.core.model import load_base
+    from lorakit.core.weights import open_weights
+
+    ran = cli("evaluate", tiny_llama, "--blocks", blocks_folder, "--quantize", kind, "--json")
+    assert ran.code == 0, ran.err
+    base = load_base(open_weights(tiny_llama), torch.float32, torch.device("cpu"), kind)
+    apply(base, "varlen")
+    blocks = Blocks(blocks_folder)
+    with torch.no_grad():
+        total = sum(loss_sum(base, blocks.batch([index])).item() for index in range(len(blocks)))
+    assert ran.json["loss"] == pytest.approx(total / ran.json["tokens"], rel=1e-5)
+    exact = cli("evaluate", tiny_llama, "--blocks", blocks_folder, "--json").json["loss"]
+    assert ran.json["loss"] != pytest.approx(exact, rel=1e-6)
+
+
+def test_rows_are_measured_as_their_blocks_are(
+    cli: Cli, tiny_llama: Path, rows_file: Path, blocks_folder: Path
+) -> None:
+    of_blocks = cli("evaluate", tiny_llama, "--blocks", blocks_folder, "--json").json
+    of_rows = cli("evaluate", tiny_llama, "--dataset", rows_file, "--block-size", 256, "--json").json
+    assert of_rows == of_blocks
+    assert of_rows["rows"] is None
+
+
+def test_an_adapter_that_cant_be_switched_off_has_no_base_beside_it(cli: Cli, rows_file: Path, tmp_path: Path) -> None:
+    from tests.conftest import make_llama
+    from tests.core.merging.adapted import make_adapter
+
+    base = make_llama(tmp_path / "biased", attention_bias=True)
+    adapter = make_adapter(tmp_path / "adapter", base, bias="all")
+    ran = cli("evaluate", adapter, "--dataset", rows_file, "--block-size", 256, "--json")
+    assert ran.code == 0, ran.err
+    assert "no base beside it: the adapter replaces its model.layers.0.self_attn" in ran.err
+    assert (ran.json["base_loss"], ran.json["loss_change"]) == (None, None)
 
 
 def test_blocks_of_a_larger_vocabulary_are_refused(cli: Cli, blocks_folder: Path, tmp_path: Path) -> None:

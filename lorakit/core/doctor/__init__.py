@@ -6,8 +6,15 @@ devices    cards, driver, torch's build, each GPU
 limits     memory, shared memory, open files, variables
 storage    room, speed and what the file systems can do
 network    the Hub
-kernels    what a run computes with, run and compared: torch on GPUs, bitsandbytes, attention, compiling, processes
 report     findings as a text to paste
+
+What a run computes with is run and compared with plain torch:
+
+trials        what a kernel gave beside what it should have given
+cuda          torch on each GPU, a compiled function
+bitsandbytes  its library, layers in 8 and 4 bits, optimizers
+attention     its implementations on packed documents
+processes     two processes that add up a tensor
 
 Checks run in child processes, those that load the same libraries in one of them, so that a crash of native code, or a
 call that never ends, is the answer of one check and takes no other down: the child starts again for those after it.
@@ -77,15 +84,15 @@ CHECKS: Mapping[CheckName, Check] = {
     "disk": Check("storage", "storage", 60, "lorakit"),
     "filesystem": Check("storage", "storage", 60, "lorakit"),
     "hub": Check("network", "network", 30, "huggingface_hub"),
-    "cuda": Check("kernels", "cuda", 120, "torch", after=("driver", "torch")),
-    "bitsandbytes": Check("kernels", "bitsandbytes", 120, "bitsandbytes", _TRAIN),
-    "int8": Check("kernels", "bitsandbytes", 120, "bitsandbytes", _TRAIN, after=("bitsandbytes",)),
-    "nf4": Check("kernels", "bitsandbytes", 120, "bitsandbytes", _TRAIN, after=("bitsandbytes",)),
-    "optimizer": Check("kernels", "bitsandbytes", 120, "bitsandbytes", _TRAIN, after=("bitsandbytes",)),
-    "attention": Check("kernels", "attention", 180, "transformers", _TRAIN),
-    "compile": Check("kernels", "cuda", 180, "torch", ()),
-    "gloo": Check("kernels", "processes", 120, "torch", _TRAIN),
-    "nccl": Check("kernels", "processes", 120, "torch", _TRAIN),
+    "cuda": Check("cuda", "cuda", 120, "torch", after=("driver", "torch")),
+    "bitsandbytes": Check("bitsandbytes", "bitsandbytes", 120, "bitsandbytes", _TRAIN),
+    "int8": Check("bitsandbytes", "bitsandbytes", 120, "bitsandbytes", _TRAIN, after=("bitsandbytes",)),
+    "nf4": Check("bitsandbytes", "bitsandbytes", 120, "bitsandbytes", _TRAIN, after=("bitsandbytes",)),
+    "optimizer": Check("bitsandbytes", "bitsandbytes", 120, "bitsandbytes", _TRAIN, after=("bitsandbytes",)),
+    "attention": Check("attention", "attention", 180, "transformers", _TRAIN),
+    "compile": Check("cuda", "cuda", 180, "torch", ()),
+    "gloo": Check("processes", "processes", 120, "torch", _TRAIN),
+    "nccl": Check("processes", "processes", 120, "torch", _TRAIN),
 }
 """Every check, in the order in which answers are shown."""
 

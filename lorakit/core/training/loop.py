@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -126,7 +127,7 @@ class Run:
             raise Mismatch(
                 f"{blocks.path}: found blocks of another tokenizer, chat template or added tokens, "
                 f"need those of {config.model.model}",
-                f"`lorakit prepare … --tokenizer {config.model.model}`, with the same --add-tokens",
+                f"`lorakit prepare … --tokenizer {shlex.quote(config.model.model)}`, with the same --add-tokens",
             )
         begun_on = self.state.engine if checkpoint is not None else None
         self.state.engine = _engine(config, weights.config, dtype, self.device, begun_on, report)
@@ -476,7 +477,10 @@ class Run:
         try:
             with self.autocast:
                 return [
-                    {"prompt": messages[-1]["content"], "answer": answer(opened, messages, sampling, lambda _: None)}
+                    {
+                        "prompt": messages[-1]["content"],
+                        "answer": answer(opened, messages, sampling, lambda _: None).answer,
+                    }
                     for messages in self.prompts
                 ]
         finally:

@@ -700,8 +700,8 @@ def test_prompts_are_answered_at_each_evaluation(
     assert [(line["step"], line["prompt"]) for line in lines] == [(step, ask) for step in (0, 2, 4) for ask in asked]
     options = [part for ask in asked for part in ("--prompt", ask)]
     for model, first in ((tiny_llama, 0), (tmp_path / "run", 6)):
-        chatted = cli("chat", model, *options, "--max-new-tokens", 8, "--json").json
-        answers = [one["answer"] for one in chatted["answers"]]
+        chatted = cli("chat", model, *options, "--max-new-tokens", 8, "--json").out
+        answers = [json.loads(line)["answer"] for line in chatted.splitlines()]
         assert [line["answer"] for line in lines[first : first + 3]] == answers
     assert train("without", *command, data=held_out).code == 0
     assert adapter_bytes(tmp_path / "without") == adapter_bytes(tmp_path / "run")
