@@ -194,11 +194,11 @@ def load_base(
 
     Raises InputRefused where transformers can't build it whole.
     """
-    own = quantize == "fp8" or (fast and quantize == "int8")
-    if computed_on or own:
+    by_rows = _is_by_rows(quantize, fast=fast)
+    if computed_on or by_rows:
         # As the files have it, which is read when it is placed: another number type would be a copy of the whole model.
         model = _from_pretrained(weights, "auto", None, None)
-        quantizing = _Quantizing(quantize, dtype, double_quantization, by_rows=own)
+        quantizing = _Quantizing(quantize, dtype, double_quantization, by_rows=by_rows)
         places = {**(device_map or {}), **(computed_on or {})} or {"": str(device)}
         _place(model, quantizing, places, computed_on or ())
     else:
@@ -268,13 +268,23 @@ def _place(
         if name in in_cpu_memory:
             offload(module, device)
     model.config.dtype = how.dtype
-    model.is_loaded_in_8bit = how.quantize == "int8" and not how.by_rows
-    model.is_loaded_in_4bit = how.quantize in ("nf4", "fp4")
+    _say_how(model, how)
     if len(set(devices.values())) > 1:  # what crosses over is moved as from_pretrained has it moved: by accelerate
         first, skipped = next(iter(devices.values())), model._skip_keys_device_placement
         add_hook_to_module(model, AlignDevicesHook(first, io_same_device=True, skip_keys=skipped))
         for name, place in devices.items():
             add_hook_to_module(model.get_submodule(name), AlignDevicesHook(place, skip_keys=skipped))
+
+
+def _is_by_rows(quantize: str, *, fast: bool) -> bool:
+    """Whether lorakit's own layer holds a base in 8 bits: floats always, integers for the fast engine."""
+    return quantize == "fp8" or (fast and quantize == "int8")
+
+
+def _say_how(model: PreTrainedModel, how: _Quantizing) -> None:
+    """What PEFT asks a model, to wrap bitsandbytes' layers by its own."""
+    model.is_loaded_in_8bit = how.quantize == "int8" and not how.by_rows
+    model.is_loaded_in_4bit = how.quantize in ("nf4", "fp4")
 
 
 def _quantize(module: torch.nn.Module, head: torch.nn.Module, how: "_Quantizing", device: torch.device) -> None:
@@ -308,16 +318,18 @@ def _quantization(
     )
 
 
-def random_base(config: Mapping[str, Any], quantize: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+def random_base(
+    config: Mapping[str, Any], quantize: str, dtype: torch.dtype, device: torch.device, *, fast: bool = False
+) -> PreTrainedModel:
     """A model of this config with random weights, as `load_base` gives one: frozen, and quantized."""
     fields = {key: value for key, value in config.items() if key not in ("ids", "model_type", "auto_map")}
     with quiet_libraries(), torch.device(device):
         known = AutoConfig.for_model(str(config["model_type"]), **fields)
         model = AutoModelForCausalLM.from_config(known, dtype=dtype, trust_remote_code=False)
     if quantize != "none":
-        how = _Quantizing(quantize, dtype, double_quantization=True)
+        how = _Quantizing(quantize, dtype, double_quantization=True, by_rows=_is_by_rows(quantize, fast=fast))
         _quantize(model, model.get_output_embeddings(), how, device)
-        model.is_loaded_in_8bit, model.is_loaded_in_4bit = quantize == "int8", quantize != "int8"
+        _say_how(model, how)
     model.requires_grad_(False)
     model.config.use_cache = False
     return model.eval()

@@ -17,6 +17,7 @@ from lorakit.core.config import LoraSection
 from lorakit.core.environment import let_gpu_memory_grow, quiet_profiler
 from lorakit.core.errors import EnvironmentUnusable, OutOfMemory, first_line, is_out_of_memory
 from lorakit.core.evaluation import loss_sum
+from lorakit.core.fast.engine import make_fast
 from lorakit.core.memory import Part, StepMemory, Workload
 from lorakit.core.model import (
     DTYPES,
@@ -65,10 +66,13 @@ def probe(name: str, config: Mapping[str, Any], work: Workload, lora: LoraSectio
     dtype, planned, measured = DTYPES[work.dtype], [], []
     try:
         torch.manual_seed(0)
-        base = random_base(one, work.quantize, dtype, device)
+        fast = work.engine == "fast"
+        base = random_base(one, work.quantize, dtype, device, fast=fast)
         apply(base, "auto" if work.attention in ("varlen", "documents") else work.attention)
         model = add_lora(base, lora, 0, name)
         make_ready(model, dtype, checkpointing=work.gradient_checkpointing)
+        if fast:
+            make_fast(model, work.quantize)
         for tokens in _LENGTHS[device.type]:
             found = StepMemory(shape, replace(work, block_size=tokens, batch_size=1, accumulates=False)).peak(whole)
             planned.append(found.gradients + found.activations + found.loss)
