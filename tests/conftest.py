@@ -1,8 +1,14 @@
-"""What every test stands on: a folder of its own, no network, a tiny Llama with a byte-level tokenizer, the CLI."""
+"""What every test stands on: a folder of its own, no network, a tiny Llama with a byte-level tokenizer, the CLI.
+
+After the whole suite: every place in lorakit that makes an error was reached, and nobody asked for the network.
+"""
 
 import json
 import os
+import runpy
+import shutil
 import signal
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +20,9 @@ import pytest
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 # Tiny models gain nothing from more threads, and threads that wait for a busy core cost tenfold.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# This process and all that it starts are watched, see there.
+os.environ.setdefault("LORAKIT_TESTS_SEEN", tempfile.mkdtemp(prefix="lorakit-tests-"))
+runpy.run_path(str(Path(__file__).parent / "guard" / "sitecustomize.py"))
 
 CHATML = (
     "{% for message in messages %}"

@@ -91,6 +91,13 @@ def no_kernels_from_the_hub() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
+def be_verbose() -> None:
+    """Have libraries say what they do, on stderr, and a bug be shown where it is; processes that this one starts say so
+    too where they are told."""
+    os.environ["LORAKIT_DEBUG"] = "1"
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+
+
 def variables(*names: str) -> dict[str, str]:
     """Those of these environment variables that are set."""
     return {name: value for name in names if (value := os.environ.get(name))}
