@@ -7,6 +7,7 @@ Python imports a module of this name at its start where it finds one; `tests/con
 import contextlib
 import importlib.abc
 import importlib.util
+import ipaddress
 import json
 import os
 import socket
@@ -24,8 +25,9 @@ _open, _write, _close = os.open, os.write, os.close  # tests put others in their
 
 
 def _note(name: str, facts: dict[str, Any]) -> None:
+    facts = {**facts, "test": os.environ.get("PYTEST_CURRENT_TEST", "")}
     folder = os.environ.get(SEEN)
-    if folder is None or "LD_PRELOAD" in os.environ:  # there every write counts
+    if folder is None:
         return
     with contextlib.suppress(OSError):  # a test may have limited the size of files
         file = _open(os.path.join(folder, name), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
@@ -43,19 +45,32 @@ def is_near(host: object) -> bool:
     return isinstance(name, str) and name.removeprefix("::ffff:").startswith("127.")
 
 
+def _asks_nobody(host: object) -> bool:
+    """Whether looking a host up is no question to anyone: it is a number."""
+    try:
+        ipaddress.ip_address(host.decode() if isinstance(host, bytes) else str(host))
+    except ValueError:
+        return False
+    return True
+
+
 def _no_network(event: str, arguments: tuple[Any, ...]) -> None:
     if not event.startswith("socket."):
+        return
+    if event == "socket.connect" and arguments[0].type & socket.SOCK_DGRAM:  # it sends nothing, and finds an interface
         return
     if event in ("socket.connect", "socket.sendto"):
         address = arguments[1]
         host = address[0] if isinstance(address, tuple) else None  # a socket of the file system has a path
-    elif event in ("socket.getaddrinfo", "socket.gethostbyname"):
+    elif event in ("socket.getaddrinfo", "socket.gethostbyname") and not _asks_nobody(arguments[0]):
         host = arguments[0]
     else:
         return
-    if not is_near(host):
-        _note("connections", {"host": str(host), "stack": traceback.format_stack()[-12:]})
-        raise OSError(101, f"tests reach nothing beyond this machine: {event} {host}")
+    if is_near(host):
+        return
+    if not str(host).startswith("192.0.2.") and not str(host).endswith(".invalid"):  # nobody's (RFC 5737, RFC 6761)
+        _note("connections", {"host": str(host), "stack": traceback.format_stack()})
+    raise OSError(101, f"tests reach nothing beyond this machine: {event} {host}")
 
 
 def _noted(made: Any) -> Any:
@@ -69,7 +84,7 @@ def _noted(made: Any) -> Any:
                 places.append([frame.f_code.co_filename, frame.f_lineno])
             frame = frame.f_back  # type: ignore[assignment]
         facts = {"class": type(error).__name__, "message": message, "hint": hint, "places": places}
-        _note("errors", facts | {"test": os.environ.get("PYTEST_CURRENT_TEST", "")})
+        _note("errors", facts)
 
     return make
 
@@ -104,4 +119,5 @@ if SEEN in os.environ:
     os.environ["PYTHONPATH"] = os.pathsep.join(
         dict.fromkeys([str(Path(__file__).parent), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))])
     )
+    sys.path.append(str(Path(__file__).parent))  # tests hand on what they find there
     watch()
