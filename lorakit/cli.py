@@ -50,7 +50,7 @@ COMMANDS: Mapping[str, Callable[..., None]] = {
 }
 
 _WIDE = 60
-_FLOWS = """Fine-tune a model, each names the next:
+_FLOWS = """Fine-tune a model:
   lorakit prepare rows.jsonl --tokenizer MODEL
   lorakit train --model MODEL --blocks BLOCKS
   lorakit merge RUN
@@ -96,7 +96,10 @@ def _as_it_is(text: str) -> str:
     return "\n\n".join(f"\b\n{paragraph}" for paragraph in text.split("\n\n"))
 
 
-class _ALineEach(typer.Context.formatter_class):
+_Formatter: Any = typer.Context.formatter_class
+
+
+class _ALineEach(_Formatter):  # type: ignore[misc]
     """Help where each option and command stands alone in its line, and what it does below it."""
 
     def __init__(self, *_: object, **__: object) -> None:

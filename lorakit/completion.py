@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from lorakit.core.artifacts import MANIFEST
 from lorakit.core.config import TEMPLATES, Setting
@@ -48,7 +49,7 @@ def _is_model(folder: Path) -> bool:
     return (folder / "config.json").is_file()
 
 
-def _manifest(folder: Path) -> dict[str, dict[str, object]]:
+def _manifest(folder: Path) -> dict[str, Any]:
     try:
         found = json.loads((folder / MANIFEST).read_bytes())
     except (OSError, ValueError):

@@ -1,8 +1,8 @@
 """The only printer: a command's result on stdout, everything else on stderr.
 
 Text from users is printed without markup. Colour is never the only sign; rich leaves it out for pipes and NO_COLOR.
-On a terminal sentences are wrapped between words; figures, commands and everything in a pipe stay one line, however long:
-a path or a command in two pieces can't be copied. What a stream's encoding lacks is written in ASCII.
+On a terminal sentences are wrapped between words; figures, commands and everything in a pipe stay one line, however
+long: a path or a command in two pieces can't be copied. What a stream's encoding lacks is written in ASCII.
 """
 
 import codecs
@@ -34,9 +34,7 @@ class Console:
     """What a command shows. `json`: one JSON object on stdout. `quiet`: errors and results only. `silent`: nothing.
     `verbose` is for the processes that a command starts."""
 
-    def __init__(
-        self, *, json: bool = False, quiet: bool = False, verbose: bool = False, silent: bool = False
-    ) -> None:
+    def __init__(self, *, json: bool = False, quiet: bool = False, verbose: bool = False, silent: bool = False) -> None:
         self.json, self.quiet, self.verbose = json, quiet or silent, verbose
         self._out = _Stream(highlight=False, soft_wrap=True, quiet=silent)
         self._err = _Stream(stderr=True, highlight=False, soft_wrap=True, quiet=silent)

@@ -30,7 +30,6 @@ if "LORAKIT_TESTS_SEEN" not in os.environ:
 runpy.run_path(str(Path(__file__).parent / "guard" / "sitecustomize.py"))
 
 
-
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """After the whole suite, see `tests/shown_errors.py`."""
     config = session.config

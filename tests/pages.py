@@ -15,7 +15,9 @@ def page(name: str) -> str:
     paragraphs = [" ".join(part.split()) for part in (COMMANDS[name].__doc__ or "").strip().split("\n\n")]
     *text, example = paragraphs
     settings = list(CONFIGS[name].settings().values())
-    arguments = [f"{knob.metavar}…" if knob.extra["repeated"] else knob.metavar for knob in settings if _is_argument(knob)]
+    arguments = [
+        f"{knob.metavar}…" if knob.extra["repeated"] else knob.metavar for knob in settings if _is_argument(knob)
+    ]
     lines = [f"# lorakit {name}", "", *"\n\n".join(text).splitlines(), ""]
     lines += ["```", " ".join(["lorakit", name, *arguments, "[OPTIONS]"]), example.removeprefix("Example: "), "```"]
     for title, knobs in groupby(sorted(settings, key=lambda knob: _first_of(knob.title, settings)), lambda k: k.title):

@@ -1,6 +1,6 @@
 """README's picture, drawn from what the real program writes to a terminal: `python -m tests.picture`.
 
-Needs the demo's model, which it takes as `lorakit demo` does, and some minutes.
+Needs the demo's model, which it takes as `lorakit demo` does, and about a minute of a quiet machine.
 """
 
 import os
@@ -23,9 +23,8 @@ WIDTH = 100
 COMMANDS = (
     "lorakit plan-devices llama-65b --gpus 8x24GiB --quantize int8 --block-size 600 --batch-size 2",
     "lorakit prepare rows.jsonl --tokenizer SmolLM2 --block-size 256 --output blocks",
-    "lorakit train --model SmolLM2 --blocks blocks --batch-size 8 --epochs 5 --learning-rate 1e-3 --output runs/mine",
+    "lorakit train --model SmolLM2 --blocks blocks --learning-rate 1e-3 --output runs/mine",
     "lorakit merge runs/mine --output merged",
-    "lorakit chat merged --prompt 'What does exit code 75 mean in lorakit?'",
 )
 """What is shown, in a folder with the rows and model of the demo."""
 

@@ -43,7 +43,9 @@ def offered(shell: str, line: str) -> list[str]:
     """The words alone, without what each shell is told of them."""
     answer = complete(shell, line)
     if shell == "zsh":
-        return [] if answer.strip() == "_files" else re.findall(r'^(?:.*\(\()?"(.*?)"(?::"|\)\)|$)', answer, re.MULTILINE)
+        return (
+            [] if answer.strip() == "_files" else re.findall(r'^(?:.*\(\()?"(.*?)"(?::"|\)\)|$)', answer, re.MULTILINE)
+        )
     return [word.split("\t")[0] for word in answer.splitlines() if word]
 
 
@@ -56,7 +58,9 @@ def test_commands_are_offered(shell: str) -> None:
     assert offered(shell, "lorakit p") == ["prepare", "patch-attention", "plan-devices"]
 
 
-@pytest.mark.parametrize(("shell", "name"), [*(("bash", name) for name in COMMANDS), ("zsh", "train"), ("fish", "train")])
+@pytest.mark.parametrize(
+    ("shell", "name"), [*(("bash", name) for name in COMMANDS), ("zsh", "train"), ("fish", "train")]
+)
 def test_every_option_is_offered_in_one_line_each(shell: str, name: str) -> None:
     found = offered(shell, f"lorakit {name} --")
     shown = {knob.label for knob in CONFIGS[name].settings().values() if knob.field.default is not True}
@@ -81,7 +85,9 @@ def test_recipes_and_built_in_models_are_offered(shell: str) -> None:
 
 
 @SHELLS
-@pytest.mark.parametrize("line", ["prepare ", "train --dataset ", "train --plan x", "merge --output ", "chat --config "])
+@pytest.mark.parametrize(
+    "line", ["prepare ", "train --dataset ", "train --plan x", "merge --output ", "chat --config "]
+)
 def test_files_are_left_to_the_shell(shell: str, line: str) -> None:
     assert offered(shell, f"lorakit {line}") == []
 

@@ -1,4 +1,4 @@
-"""Errors that no other test comes by: a disk that fails while it reads, a GPU that isn't there, files that a hand changed.
+"""Errors that no other test comes by: a disk that fails while it reads, a GPU that isn't there, files changed by hand.
 
 Each shows its text, hint and exit code. `tests/shown_errors.py` says which places of lorakit none shows.
 """
@@ -79,7 +79,9 @@ def artifact(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("call", [artifacts.reopen, artifacts.amend, artifacts.remove, artifacts.replace, artifacts.set_aside])
+@pytest.mark.parametrize(
+    "call", [artifacts.reopen, artifacts.amend, artifacts.remove, artifacts.replace, artifacts.set_aside]
+)
 def test_an_artifact_whose_disk_fails_is_named(
     call: Callable[..., Any], artifact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -212,7 +214,14 @@ def test_a_quantized_module_isnt_trained_whole() -> None:
     base: Any = nn.Module()
     base.q_proj = nn.Module()
     base.q_proj.weight = nn.Parameter(torch.zeros(4, dtype=torch.uint8), requires_grad=False)
-    shows(ExitCode.INPUT_REFUSED, "'q_proj', which is quantized", "--quantize none", model._saved_modules, base, ["q_proj"])
+    shows(
+        ExitCode.INPUT_REFUSED,
+        "'q_proj', which is quantized",
+        "--quantize none",
+        model._saved_modules,
+        base,
+        ["q_proj"],
+    )
 
 
 def test_a_chat_template_that_refuses_a_system_prompt(cli: Cli, tmp_path: Path) -> None:
@@ -245,7 +254,9 @@ def test_files_that_cant_be_text(cli: Cli, tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_pattern_that_is_none() -> None:
-    shows(ExitCode.INPUT_REFUSED, "found the pattern '[z-a].csv'", "correct it", sources._pattern, "[z-a].csv", "README")
+    shows(
+        ExitCode.INPUT_REFUSED, "found the pattern '[z-a].csv'", "correct it", sources._pattern, "[z-a].csv", "README"
+    )
 
 
 def test_no_checkpoint_is_whole(tmp_path: Path) -> None:

@@ -42,7 +42,9 @@ for ask in (
 def python(script: str, seen: Path) -> str:
     seen.mkdir(exist_ok=True)
     environ = {**os.environ, "LORAKIT_TESTS_SEEN": str(seen)}
-    return subprocess.run([sys.executable, "-c", script], env=environ, capture_output=True, text=True, check=True).stdout
+    return subprocess.run(
+        [sys.executable, "-c", script], env=environ, capture_output=True, text=True, check=True
+    ).stdout
 
 
 def test_an_error_of_another_process_is_noted_with_the_place_that_made_it(tmp_path: Path) -> None:
@@ -99,7 +101,9 @@ def test_an_error_without_a_hint_is_a_problem(tmp_path: Path) -> None:
 def test_most_places_are_found_and_each_exception_is_one() -> None:
     found = places()
     assert len(found) > 250
-    assert {name for name in CLASSES if any(place.text.startswith(name) for place in found)} >= CLASSES - {"LorakitError"}
+    assert {name for name in CLASSES if any(place.text.startswith(name) for place in found)} >= CLASSES - {
+        "LorakitError"
+    }
     for key, reason in UNREACHABLE.items():
         path, _, text = key.partition(": ")
         assert sum(place.path == path and text in place.text for place in found) == 1, key

@@ -282,7 +282,12 @@ def test_every_number_has_its_bounds_tried() -> None:
     tried = {(config_class, name) for config_class, name, _, _ in BOUNDS}
     numbers = {(c, name) for c in CONFIGS for name, knob in c.settings().items() if knob.kind in (int, float)}
     shared = {"block_size", "max_rows", "validation_split", "num_workers"}  # tried where `prepare` has them
-    together = {"early_stopping_patience", "int8_threshold", "num_processes", "num_machines"}  # tried below, with what they need beside
+    together = {
+        "early_stopping_patience",
+        "int8_threshold",
+        "num_processes",
+        "num_machines",
+    }  # tried below, with what they need beside
     lacking = {(c, name) for c, name in numbers if (c, name) not in tried}
     assert lacking <= {(TrainConfig, name) for name in shared | together}
 
@@ -682,8 +687,12 @@ values_of_train = st.fixed_dictionaries(
 )
 quantizations = st.one_of(
     st.fixed_dictionaries({"quantize": st.just("none")}),
-    st.fixed_dictionaries({"quantize": st.just("int8")}, optional={"int8_threshold": st.floats(0, allow_infinity=False)}),
-    st.fixed_dictionaries({"quantize": st.sampled_from(["nf4", "fp4"])}, optional={"double_quantization": st.booleans()}),
+    st.fixed_dictionaries(
+        {"quantize": st.just("int8")}, optional={"int8_threshold": st.floats(0, allow_infinity=False)}
+    ),
+    st.fixed_dictionaries(
+        {"quantize": st.sampled_from(["nf4", "fp4"])}, optional={"double_quantization": st.booleans()}
+    ),
 )
 values_of_train = st.builds(lambda values, quantization: {**values, **quantization}, values_of_train, quantizations)
 
@@ -742,8 +751,11 @@ def test_every_setting_has_a_name_of_its_own(config_class: type[StepConfig]) -> 
     ("name", "shown"),
     [
         ("rank", "(≥ 1, default: 16)"),
-        ("optimizer", "One of adamw, adamw_8bit, paged_adamw, paged_adamw_8bit, lion, lion_8bit, paged_lion, "
-         "paged_lion_8bit, sgd. (default: adamw)"),
+        (
+            "optimizer",
+            "One of adamw, adamw_8bit, paged_adamw, paged_adamw_8bit, lion, lion_8bit, paged_lion, "
+            "paged_lion_8bit, sgd. (default: adamw)",
+        ),
         ("warmup_ratio", "(≥ 0 and < 1, default: 0.03)"),
         ("max_steps", "(≥ 1)"),
         ("lora_alpha", "(> 0 and < 1e6, default: 32)"),

@@ -90,7 +90,7 @@ def _noted(made: Any) -> Any:
 
 
 class _Errors(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds `lorakit.core.errors` as others do, and changes it once it is loaded; nothing is imported before its time."""
+    """Finds `lorakit.core.errors` as others do, and changes it once it is loaded; nothing is imported early."""
 
     def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
         if name != "lorakit.core.errors":
