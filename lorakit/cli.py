@@ -7,7 +7,6 @@ import difflib
 import os
 import re
 import shlex
-import shutil
 import signal
 import sys
 import tempfile
@@ -71,7 +70,7 @@ def build_app(arguments: Sequence[str]) -> Any:
     """The command-line app. Commands that `arguments` don't name have a name and help only."""
     chosen = next((argument for argument in arguments if argument in COMMANDS), None)
     # tables of four columns can't be read in a narrow window; without them, options have lines of their own
-    wide = shutil.get_terminal_size().columns >= _WIDE
+    wide = Console.width() >= _WIDE
     app = typer.Typer(name="lorakit", rich_markup_mode="rich" if wide else None)
     app.callback(invoke_without_command=True, epilog=_FLOWS if wide else _as_it_is(_FLOWS))(_lorakit)
     for name, run in COMMANDS.items():
@@ -103,7 +102,7 @@ class _ALineEach(_Formatter):  # type: ignore[misc]
     """Help where each option and command stands alone in its line, and what it does below it."""
 
     def __init__(self, *_: object, **__: object) -> None:
-        super().__init__(width=shutil.get_terminal_size().columns - 1)
+        super().__init__(width=Console.width() - 1)
 
     def write_dl(self, rows: Sequence[tuple[str, str]], col_max: int = 2, col_spacing: int = 2) -> None:
         super().write_dl(rows, 2, 2)

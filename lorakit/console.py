@@ -45,6 +45,11 @@ class Console:
         self._in_line = False
         """Whether what was said last has no end of line yet."""
 
+    @staticmethod
+    def width() -> int:
+        """Columns of the window, also where stdout goes into a pipe."""
+        return RichConsole().width
+
     @property
     def options(self) -> list[str]:
         """The command line's words for how this one prints."""
@@ -234,14 +239,16 @@ class Console:
 
     def _wrapped(self, stream: "_Stream", text: Text, indent: int = 0) -> Text:
         """A sentence in lines as wide as the terminal, cut between words and not in a command between backquotes."""
-        if not stream.is_terminal or text.cell_len <= stream.width:
+        if not stream.is_terminal:
             return text
-        lines = [Text()]
-        for word in _words(text):
-            if lines[-1] and lines[-1].cell_len + len(word.plain.rstrip()) > stream.width:
-                lines[-1].rstrip()
-                lines.append(Text(" " * indent))
-            lines[-1].append_text(word)
+        lines: list[Text] = []
+        for line in text.split("\n", allow_blank=True):
+            lines.append(Text())
+            for word in _words(line):
+                if lines[-1] and lines[-1].cell_len + len(word.plain.rstrip()) > stream.width:
+                    lines[-1].rstrip()
+                    lines.append(Text(" " * indent))
+                lines[-1].append_text(word)
         return Text("\n").join(lines)
 
 

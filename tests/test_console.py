@@ -263,6 +263,18 @@ console.hint("lorakit train " + "--option value " * 9)
     assert " ".join(" ".join(sentences).split()).startswith(" ".join(words.split()))
 
 
+def test_each_problem_of_several_has_its_line() -> None:
+    script = """
+from lorakit.console import Console
+from lorakit.core.errors import UsageError
+problems = ["--quantize: found 'nf5', need one of none, int8, nf4, fp4", "--rank: found '0', need 1"]
+Console().error(UsageError("\\n".join(problems), "h"))
+"""
+    first, second, *_ = plain(on_a_terminal(script)).splitlines()
+    assert first == "error: --quantize: found 'nf5', need one of none, int8, nf4, fp4"
+    assert second == "--rank: found '0', need 1"
+
+
 def plain(written: str) -> str:
     """Without colours."""
     return re.sub(r"\x1b\[[0-9;]*m", "", written).replace("\r\n", "\n")

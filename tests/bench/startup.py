@@ -28,7 +28,7 @@ def plain_app() -> str:
             for i, knob in enumerate(config.settings().values())
         ]
         options += [f"r{i}: Annotated[Optional[str], typer.Option(help='One of three.')] = None" for i in range(3)]
-        lines += ["@app.command()", f"def {name}({', '.join(options)}): pass"]
+        lines += ["@app.command()", f"def {name.replace('-', '_')}({', '.join(options)}): pass"]
     return "\n".join([*lines, "app(prog_name='plain')"])
 
 
