@@ -235,6 +235,8 @@ class Console:
             self._err.show_cursor(True)
 
     def _print(self, console: "_Stream", what: Any, end: str = "\n") -> None:
+        if console is self._out:  # else it would stand behind the bar, in the bar's line
+            self.stop_progress()
         console.print(what, end=end)
 
     def _wrapped(self, stream: "_Stream", text: Text, indent: int = 0) -> Text:

@@ -45,12 +45,18 @@ def written(command: str, folder: Path) -> str:
     os.close(leader)
     if running.returncode:
         raise SystemExit(raw.decode())
-    return "\n".join(_settled(line) for line in raw.decode().replace("\r\n", "\n").split("\n")).strip("\n")
+    return settled(raw.decode())
 
 
-def _settled(line: str) -> str:
-    """A line as it stands in the end: what a live line wrote before is written over."""
-    return line.rpartition("\r")[2].replace("\x1b[1A\x1b[2K", "").replace("\x1b[?25h", "").replace("\x1b[?25l", "")
+def settled(raw: str) -> str:
+    """What stands on a terminal in the end: a live line is written over, and taken away by going up to it."""
+    lines: list[str] = []
+    for line in raw.replace("\r\n", "\n").split("\n"):
+        if "\x1b[1A\x1b[2K" in line:
+            lines.pop()
+        shown = line.rpartition("\r")[2].replace("\x1b[1A", "").replace("\x1b[2K", "")
+        lines.append(shown.replace("\x1b[?25h", "").replace("\x1b[?25l", ""))
+    return "\n".join(lines).strip("\n")
 
 
 def draw(shown: list[tuple[str, str]]) -> str:

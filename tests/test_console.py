@@ -233,6 +233,18 @@ def test_a_terminal_gets_a_progress_bar_that_goes_away() -> None:
     assert "\x1b[?25h" in written, "the cursor is shown again"
 
 
+def test_a_result_never_stands_behind_the_bar() -> None:
+    script = """
+from lorakit.console import Console
+from lorakit.core.events import Progress
+console = Console()
+console.report(Progress("training", 1, 3, "steps"))
+console.say("a result")
+"""
+    written = plain(on_a_terminal(script))
+    assert re.search(r"\x1b\[1A\x1b\[2K(\x1b\[\?25h)?a result", written)
+
+
 def test_a_pipe_gets_no_escape_codes(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("FORCE_COLOR", "NO_COLOR"):
         monkeypatch.delenv(name, raising=False)

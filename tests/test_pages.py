@@ -7,7 +7,7 @@ import pytest
 
 from lorakit.options import CONFIGS
 from tests.pages import PAGES, page
-from tests.picture import COMMANDS, PICTURE, _settled, draw
+from tests.picture import COMMANDS, PICTURE, draw, settled
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -50,4 +50,4 @@ def test_a_picture_is_drawn_from_bytes_of_a_terminal() -> None:
     xml.fromstring(drawn)
     assert "&lt;1.5&gt;" in drawn
     assert "url(http" not in drawn
-    assert _settled("training 1/3\r\x1b[2Ktraining 3/3\r") == ""
+    assert settled("a\r\ntraining 1/3\r\x1b[2Ktraining 3/3\r\n\x1b[?25h\r\x1b[1A\x1b[2Kdone\r\n") == "a\ndone"
