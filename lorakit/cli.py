@@ -200,6 +200,11 @@ def _usage(error: TyperException) -> UsageError:
         near, hint = difflib.get_close_matches(unknown[1], COMMANDS), "`lorakit --help` says what each does"
     elif unknown := re.match("No such option: (-.*?)( |$)", message):
         message = f"found the unknown option {unknown[1]}, need one of this command's"
+    elif extra := re.match(r"Got unexpected extra arguments?(?:\(s\))? \((.*)\)", message):
+        message = f"found {extra[1]} behind all arguments, need an option in front of it, or nothing"
+    elif option := re.match(r"Option '(-.*?)' (does not take|requires)", message):
+        without = option[2] == "requires"
+        message = f"{option[1]}: found {'no value, need one' if without else 'a value, need none'}"
     return UsageError(message, f"did you mean {' or '.join(sorted(near))}?" if near else hint)
 
 

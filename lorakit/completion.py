@@ -26,7 +26,7 @@ def offered(command: str, setting: Setting) -> Callable[[str], Offered] | None:
     if setting.name == "template":
         return lambda incomplete: [(name, "") for name in TEMPLATES]
     if setting.name == "blocks":
-        return lambda incomplete: [*_local(incomplete, _is_blocks), *_cached()]
+        return lambda incomplete: list({**dict(_local(incomplete, _is_blocks)), **dict(_cached())}.items())
     if setting.name == "adapter":
         return lambda incomplete: _local(incomplete, _is_adapter)
     if command == "plan-devices" and setting.name == "model":

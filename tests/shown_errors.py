@@ -7,7 +7,6 @@ lorakit's errors say: something found, something needed, a hint.
 
 import ast
 import json
-from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,17 +66,18 @@ def is_unreachable(place: Place) -> bool:
 def problems(folder: Path) -> Iterator[str]:
     """What is wrong after the whole suite, a line each."""
     made = noted(folder, "errors")
-    lines: dict[str, set[int]] = defaultdict(set)
-    for error in made:
-        for path, line in error["places"]:
-            lines[str(Path(path).relative_to(ROOT)) if Path(path).is_relative_to(ROOT) else path].add(line)
-    for place in places():
-        if not is_unreachable(place) and not lines[place.path] & set(range(place.first, place.last + 1)):
+    there = places()
+    known = {(str(ROOT / place.path), line) for place in there for line in range(place.first, place.last + 1)}
+    reached = {(path, line) for error in made for path, line in error["places"]}
+    for place in there:
+        lines = {(str(ROOT / place.path), line) for line in range(place.first, place.last + 1)}
+        if not is_unreachable(place) and not lines & reached:
             yield f"no test shows the error of {place}"
     lacking = {
         f"{error['message']!r} of {error['test']} has no found … need, or no hint"
         for error in made
-        if error["places"] and not is_whole(error["message"], error["hint"])
+        if error["places"] and tuple(error["places"][0]) in known  # else a test made it
+        if not is_whole(error["message"], error["hint"])
     }
     yield from sorted(lacking)
     for connection in noted(folder, "connections"):

@@ -444,9 +444,9 @@ def test_the_version_is_printed(cli: Cli) -> None:
         (["train", *TRAIN, "--quantize", "nf5"], "--quantize: found 'nf5'", "did you mean nf4?"),
         (["train", "--lora-rnak", "3"], "--lora-rnak", "--rank"),
         (["train", "--learning-rte", "3"], "--learning-rte", "did you mean --learning-rate"),
-        (["train", "--rank"], "--rank", ""),
-        (["train", "extra", *TRAIN], "extra", "--help"),
-        (["prepare", "--json=yes", "r.jsonl"], "--json", ""),
+        (["train", "--rank"], "--rank: found no value, need one", "--help"),
+        (["train", "extra", *TRAIN], "found extra behind all arguments", "--help"),
+        (["prepare", "--json=yes", "r.jsonl"], "--json: found a value, need none", "--help"),
     ],
 )
 def test_a_misspelt_command_line_is_told_in_lorakits_voice(

@@ -90,7 +90,7 @@ def test_a_place_that_no_test_reaches_is_a_problem(tmp_path: Path) -> None:
 
 
 def test_an_error_without_a_hint_is_a_problem(tmp_path: Path) -> None:
-    at = [[str(shown_errors.ROOT / places()[0].path), 1]]
+    at = [[str(shown_errors.ROOT / places()[0].path), places()[0].first]]
     facts = {"class": "X", "message": "bad", "hint": "", "test": "t", "places": at}
     (tmp_path / "errors").write_text(json.dumps(facts) + "\n")
     assert any(line.startswith("'bad' of t") for line in problems(tmp_path))
