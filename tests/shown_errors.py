@@ -7,7 +7,7 @@ lorakit's errors say: something found, something needed, a hint.
 
 import ast
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,9 +18,6 @@ CLASSES = {
     name for name, found in vars(errors).items() if isinstance(found, type) and issubclass(found, errors.LorakitError)
 }
 MAKERS = CLASSES | {"disk_failed"}
-
-UNREACHABLE: Mapping[str, str] = {}
-"""Places that a test on a CPU can't reach, by their file and a part of their text, each with the reason."""
 
 
 class Place(NamedTuple):
@@ -57,12 +54,6 @@ def noted(folder: Path, name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def is_unreachable(place: Place) -> bool:
-    return any(
-        place.path == path and text in place.text for path, _, text in (key.partition(": ") for key in UNREACHABLE)
-    )
-
-
 def problems(folder: Path) -> Iterator[str]:
     """What is wrong after the whole suite, a line each."""
     made = noted(folder, "errors")
@@ -71,7 +62,7 @@ def problems(folder: Path) -> Iterator[str]:
     reached = {(path, line) for error in made for path, line in error["places"]}
     for place in there:
         lines = {(str(ROOT / place.path), line) for line in range(place.first, place.last + 1)}
-        if not is_unreachable(place) and not lines & reached:
+        if not lines & reached:
             yield f"no test shows the error of {place}"
     lacking = {
         f"{error['message']!r} of {error['test']} has no found … need, or no hint"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests import shown_errors
-from tests.shown_errors import CLASSES, UNREACHABLE, is_unreachable, is_whole, noted, places, problems
+from tests.shown_errors import CLASSES, is_whole, noted, places, problems
 
 FOREIGN = "198.51.100.7"  # of documentation, RFC 5737
 
@@ -74,7 +74,7 @@ def test_this_process_is_watched_too(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_a_place_that_no_test_reaches_is_a_problem(tmp_path: Path) -> None:
-    everywhere = [place for place in places() if not is_unreachable(place)]
+    everywhere = places()
     (tmp_path / "errors").write_text("")
     assert len(list(problems(tmp_path))) == len(everywhere)
     first, *rest = everywhere
@@ -98,13 +98,9 @@ def test_an_error_without_a_hint_is_a_problem(tmp_path: Path) -> None:
     assert not is_whole("something failed", "do c")
 
 
-def test_most_places_are_found_and_each_exception_is_one() -> None:
+def test_places_of_every_class_are_found() -> None:
     found = places()
     assert len(found) > 250
     assert {name for name in CLASSES if any(place.text.startswith(name) for place in found)} >= CLASSES - {
         "LorakitError"
     }
-    for key, reason in UNREACHABLE.items():
-        path, _, text = key.partition(": ")
-        assert sum(place.path == path and text in place.text for place in found) == 1, key
-        assert len(reason) > 20

@@ -3,7 +3,6 @@
 import base64
 import ctypes
 import hashlib
-import importlib.metadata
 import logging
 import os
 import re
@@ -123,6 +122,8 @@ def quiet_profiler() -> None:
 def patched_transformers() -> str | None:
     """Whether someone has edited the Llama source of the installed transformers by hand (an old recipe for flash
     attention), and how to undo it: the file's hash beside the one that was recorded when it was installed."""
+    import importlib.metadata  # slow to import, and `--help` needs none of it
+
     try:
         distribution = importlib.metadata.distribution("transformers")
     except importlib.metadata.PackageNotFoundError:
