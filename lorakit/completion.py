@@ -12,7 +12,6 @@ from typing import Any
 from lorakit.core.artifacts import MANIFEST
 from lorakit.core.config import TEMPLATES, Setting
 from lorakit.core.environment import cache_folder
-from lorakit.core.shapes import built_in
 
 Offered = list[tuple[str, str]]
 """Words, each with what it is."""
@@ -30,11 +29,17 @@ def offered(command: str, setting: Setting) -> Callable[[str], Offered] | None:
     if setting.name == "adapter":
         return lambda incomplete: _local(incomplete, _is_adapter)
     if command == "plan-devices" and setting.name == "model":
-        return lambda incomplete: [(name, "") for name in built_in()] + _local(incomplete, _is_model)
+        return lambda incomplete: _built_in() + _local(incomplete, _is_model)
     if setting.name in ("model", "base", "tokenizer"):
         adapters_too = command in ("chat", "evaluate") and setting.name == "model"
         return lambda incomplete: _local(incomplete, lambda at: _is_model(at) or (adapters_too and _is_adapter(at)))
     return None
+
+
+def _built_in() -> Offered:
+    from lorakit.core.shapes import built_in
+
+    return [(name, "") for name in built_in()]
 
 
 def _is_blocks(folder: Path) -> bool:
