@@ -3,7 +3,10 @@
 Only the command that is run gets its options built: `lorakit --help` needs none, and pydantic takes its time.
 """
 
+import difflib
 import os
+import re
+import shlex
 import signal
 import sys
 import tempfile
@@ -18,7 +21,7 @@ from typer.exceptions import TyperException
 
 from lorakit import __version__
 from lorakit.commands import chat, demo, doctor, evaluate, merge, patch_attention, plan_devices, prepare, train
-from lorakit.console import Console
+from lorakit.console import Console, write_everywhere
 from lorakit.core import environment
 from lorakit.core.errors import (
     WINDOWS,
@@ -45,21 +48,80 @@ COMMANDS: Mapping[str, Callable[..., None]] = {
     "demo": demo.run,
 }
 
+_WIDE = 60
+_FLOWS = """Fine-tune a model:
+  lorakit prepare rows.jsonl --tokenizer MODEL
+  lorakit train --model MODEL --blocks BLOCKS
+  lorakit merge RUN
+  lorakit chat MERGED
 
-def build_app(arguments: Sequence[str]) -> typer.Typer:
-    """The Typer app. Commands that `arguments` don't name, while no shell completes, have a name and help only."""
-    completing = any(name.startswith("_LORAKIT_COMPLETE") for name in os.environ)
+Ask first whether a large one fits:
+  lorakit plan-devices llama-65b --gpus 8x24GiB --output plan.json
+  lorakit train --model MODEL --blocks BLOCKS --plan plan.json
+
+New here?
+  lorakit demo            all of it, on a small model
+  lorakit doctor          what this machine lacks
+  lorakit COMMAND --help  every option, and an example
+"""
+
+
+def build_app(arguments: Sequence[str]) -> Any:
+    """The command-line app. Commands that `arguments` don't name have a name and help only."""
     chosen = next((argument for argument in arguments if argument in COMMANDS), None)
-    app = typer.Typer(name="lorakit", rich_markup_mode="rich")
-    app.callback(invoke_without_command=True)(_lorakit)
+    # tables of four columns can't be read in a narrow window; without them, options have lines of their own
+    wide = Console.width() >= _WIDE
+    app = typer.Typer(name="lorakit", rich_markup_mode="rich" if wide else None)
+    app.callback(invoke_without_command=True, epilog=_FLOWS if wide else _as_it_is(_FLOWS))(_lorakit)
     for name, run in COMMANDS.items():
-        if name == chosen or completing:
+        if name == chosen:
             from lorakit.options import command
 
             app.command(name)(command(name, run))
         else:
             app.command(name, help=run.__doc__)(_nothing)
-    return app
+    built: Any = typer.main.get_command(app)
+    for one in (built, *built.commands.values()):
+        options = [one.get_help_option(typer.Context(one)), *one.params]
+        for switch in (option for option in options if getattr(option, "is_flag", False)):
+            switch.metavar = ""  # typer shows <bool>
+        if not wide:
+            one.context_class, one.short_help = _Narrow, (one.help or "").partition("\n")[0]
+    return built
+
+
+def _as_it_is(text: str) -> str:
+    """Text whose lines click doesn't join: a paragraph that begins with this sign."""
+    return "\n\n".join(f"\b\n{paragraph}" for paragraph in text.split("\n\n"))
+
+
+_Formatter: Any = typer.Context.formatter_class
+
+
+class _ALineEach(_Formatter):  # type: ignore[misc]
+    """Help where each option and command stands alone in its line, and what it does below it."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        super().__init__(width=Console.width() - 1)
+
+    def write_dl(self, rows: Sequence[tuple[str, str]], col_max: int = 2, col_spacing: int = 2) -> None:
+        super().write_dl(rows, 2, 2)
+
+
+class _Narrow(typer.Context):
+    formatter_class = _ALineEach
+
+
+def _words_to_complete() -> list[str]:
+    """What is typed so far where a shell completes, as each shell hands it over; else nothing."""
+    if not any(name.startswith("_LORAKIT_COMPLETE") for name in os.environ):
+        return []
+    os.environ["COLUMNS"] = "10000"  # a description in two lines would be two words to a shell
+    line = os.environ.get("COMP_WORDS") or os.environ.get("_TYPER_COMPLETE_ARGS") or ""
+    try:
+        return shlex.split(line)
+    except ValueError:  # a quote that isn't closed yet
+        return line.split()
 
 
 def _lorakit(
@@ -85,11 +147,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
     signal.signal(signal.SIGTERM, _terminate)
     environment.no_kernels_from_the_hub()
+    write_everywhere()
     if sys.platform == "win32":  # before what Windows lacks is imported
         return _fail(EnvironmentUnusable(*WINDOWS))
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGINT))  # held until now by the launcher
-        app: Any = typer.main.get_command(build_app(arguments))
+        app = build_app([*arguments, *_words_to_complete()])
         code = app.main(arguments, prog_name="lorakit", standalone_mode=False)
         if code == ExitCode.INTERRUPTED:  # typer's word for Ctrl-C
             raise KeyboardInterrupt
@@ -129,10 +192,20 @@ def _rank() -> int | None:
 
 
 def _usage(error: TyperException) -> UsageError:
-    """Typer's own complaint about the command line, with its suggestion as the hint."""
-    near = getattr(error, "possibilities", None)
-    hint = f"did you mean {' or '.join(sorted(near))}?" if near else "`lorakit COMMAND --help` lists what it takes"
-    return UsageError(getattr(error, "message", "") or error.format_message(), hint)
+    """Typer's own complaint about the command line, with what was probably meant as the hint."""
+    message = getattr(error, "message", "") or error.format_message()
+    near, hint = list(getattr(error, "possibilities", None) or []), "`lorakit COMMAND --help` lists what it takes"
+    if unknown := re.match(r"No such command '(.+?)'\.", message):
+        message = f"found the unknown command {unknown[1]!r}, need one of {', '.join(COMMANDS)}"
+        near, hint = difflib.get_close_matches(unknown[1], COMMANDS), "`lorakit --help` says what each does"
+    elif unknown := re.match("No such option: (-.*?)( |$)", message):
+        message = f"found the unknown option {unknown[1]}, need one of this command's"
+    elif extra := re.match(r"Got unexpected extra arguments?(?:\(s\))? \((.*)\)", message):
+        message = f"found {extra[1]} behind all arguments, need an option in front of it, or nothing"
+    elif option := re.match(r"Option '(-.*?)' (does not take|requires)", message):
+        without = option[2] == "requires"
+        message = f"{option[1]}: found {'no value, need one' if without else 'a value, need none'}"
+    return UsageError(message, f"did you mean {' or '.join(sorted(near))}?" if near else hint)
 
 
 def _no_memory(error: Exception) -> OutOfMemory:

@@ -1,12 +1,17 @@
 """The only printer: a command's result on stdout, everything else on stderr.
 
 Text from users is printed without markup. Colour is never the only sign; rich leaves it out for pipes and NO_COLOR.
+On a terminal sentences are wrapped between words; figures, commands and everything in a pipe stay one line, however
+long: a path or a command in two pieces can't be copied. What a stream's encoding lacks is written in ASCII.
 """
 
+import codecs
 import contextlib
+import io
 import itertools
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -22,19 +27,35 @@ from lorakit.core.errors import InputRefused, LorakitError, Stopped
 from lorakit.core.events import Notice, Progress
 
 _SECONDS_BETWEEN_LINES = 10.0
+_WIDE = 60
+"""Columns of a terminal from which on there is room for a bar."""
 
 
 class Console:
-    """What a command shows. `json`: one JSON object on stdout. `quiet`: errors and results only. `silent`: nothing."""
+    """What a command shows. `json`: one JSON object on stdout. `quiet`: errors and results only. `silent`: nothing.
+    `verbose` is for the processes that a command starts."""
 
-    def __init__(self, *, json: bool = False, quiet: bool = False, silent: bool = False) -> None:
-        self.json, self.quiet = json, quiet or silent
+    def __init__(self, *, json: bool = False, quiet: bool = False, verbose: bool = False, silent: bool = False) -> None:
+        self.json, self.quiet, self.verbose = json, quiet or silent, verbose
         self._out = _Stream(highlight=False, soft_wrap=True, quiet=silent)
         self._err = _Stream(stderr=True, highlight=False, soft_wrap=True, quiet=silent)
         self._bar: Any = None
         self._last_line = time.monotonic()
         self._began: dict[str, tuple[float, int]] = {}
         """When each task was first heard of, and how much of it was done."""
+        self._in_line = False
+        """Whether what was said last has no end of line yet."""
+
+    @staticmethod
+    def width() -> int:
+        """Columns of the window, also where stdout goes into a pipe."""
+        return RichConsole().width
+
+    @property
+    def options(self) -> list[str]:
+        """The command line's words for how this one prints."""
+        given = {"--json": self.json, "--quiet": self.quiet, "--verbose": self.verbose}
+        return [name for name, is_given in given.items() if is_given]
 
     def of_rank(self, rank: int) -> "Console":
         """Of the processes of a parallel run only the first speaks; the others' errors are printed all the same."""
@@ -43,7 +64,7 @@ class Console:
     def note(self, text: str) -> None:
         """One line for the person at the keyboard."""
         if not self.quiet:
-            self._print(self._err, Text(text))
+            self._print(self._err, self._wrapped(self._err, Text(text)))
 
     def hint(self, text: str) -> None:
         """The next command to run."""
@@ -53,19 +74,26 @@ class Console:
     def error(self, error: LorakitError, who: str = "") -> None:
         """A failure and what to do, in one piece: several processes may write at once. `who`: what stands in front."""
         self.stop_progress()
-        text = Text(who).append("error: ", style="bold red").append(error.message)
-        self._print(self._err, text.append(f"\n{who}").append("hint: ", style="cyan").append(error.hint))
+        text = self._wrapped(self._err, Text(who).append("error: ", style="bold red").append(error.message))
+        hint = self._wrapped(self._err, Text(who).append("hint: ", style="cyan").append(error.hint))
+        self._print(self._err, text.append("\n").append_text(hint))
 
     def say(self, text: str, end: str = "\n") -> None:
-        """A piece of the command's result, as text on stdout, tabs and all; nothing with --json."""
+        """A piece of the command's result, as text on stdout; nothing with --json. A line is wrapped, a part of one
+        (`end` is empty) stays what it is, tabs and all."""
         if not self.json:
-            self._print(self._out, Segments([Segment(text + end)]), end="")
+            if end:
+                self._print(self._out, self._wrapped(self._out, Text(text)), end=end)
+            else:
+                self._print(self._out, Segments([Segment(text)]), end="")
+            self._in_line = not (end or text).endswith("\n")
 
     def result(self, facts: Mapping[str, Any]) -> None:
         """The command's result: the JSON object with --json, else nothing (what was said before is the result)."""
         self.stop_progress()
         if self.json:
-            self._print(self._out, Text(json.dumps(facts, ensure_ascii=False, default=str)))
+            as_it_is = codecs.lookup(self._out.encoding).name.startswith("utf")
+            self._print(self._out, Text(json.dumps(facts, ensure_ascii=not as_it_is, default=str)))
 
     def summary(self, facts: Mapping[str, str]) -> None:
         """A few named figures, on stdout."""
@@ -100,10 +128,11 @@ class Console:
         for name, found in findings.items():
             line = Text(f"{found.status:<4}  ", style=colours[found.status])
             line.append(f"{name:<{names}}  ", style="bold").append(found.detail, style="default")
-            self._print(self._out, line)
+            self._print(self._out, self._wrapped(self._out, line, indent=6))
             for label, text in (("why", found.why), ("fix", found.fix)):
                 if text and found.status in ("warn", "fail"):
-                    self._print(self._out, Text(f"      {label}: ", style="cyan").append(text, style="default"))
+                    line = Text(f"      {label}: ", style="cyan").append(text, style="default")
+                    self._print(self._out, self._wrapped(self._out, line, indent=11))
 
     def preview(self, place: str, runs: Sequence[Any], *, ids: bool) -> None:
         """A row as it is trained: what is trained stands in brackets, in colour."""
@@ -133,8 +162,10 @@ class Console:
 
     def bars(self, rows: Sequence[tuple[str, Mapping[str, float], str]], width: int = 48) -> None:
         """A bar a row on stdout: its name, its parts as shares of the whole bar, and a figure. A part is drawn with the
-        first letter of its name; what exceeds the bar is cut off with `>`."""
+        first letter of its name; what exceeds the bar is cut off with `>`. A narrow terminal gets narrower bars."""
         names = max(len(name) for name, _, _ in rows)
+        if self._out.is_terminal:
+            width = max(8, min(width, self._out.width - names - max(len(figure) for _, _, figure in rows) - 6))
         for name, parts, figure in rows:
             edges = [min(round(width * edge), width + 1) for edge in itertools.accumulate(parts.values(), initial=0.0)]
             pieces = zip(parts, itertools.pairwise(edges), strict=True)
@@ -174,18 +205,7 @@ class Console:
 
     def _draw(self, event: Progress) -> None:
         if self._bar is None:
-            from rich import progress as bars
-
-            self._bar = bars.Progress(
-                bars.TextColumn("{task.description}", markup=False),
-                bars.BarColumn(),
-                bars.MofNCompleteColumn(),
-                bars.TextColumn("{task.fields[unit]} {task.fields[note]}", markup=False),
-                bars.TimeElapsedColumn(),
-                bars.TimeRemainingColumn(),
-                console=self._err,
-                transient=True,
-            )
+            self._bar = _bar(self._err)
             self._bar.start()
         task = next((task.id for task in self._bar.tasks if task.description == event.task), None)
         if task is None:
@@ -272,8 +292,92 @@ class Console:
             self._bar.stop()
             self._bar = None
 
+    def close(self) -> None:
+        """Leave the terminal as it was, however the command ended: no bar, no half line, the cursor shown (also where a
+        process that was killed has hidden it)."""
+        self.stop_progress()
+        if self._in_line:
+            self.say("")
+        if self._err.is_terminal:
+            self._err.show_cursor(True)
+
     def _print(self, console: "_Stream", what: Any, end: str = "\n") -> None:
+        if console is self._out:  # else it would stand behind the bar, in the bar's line
+            self.stop_progress()
         console.print(what, end=end)
+
+    def _wrapped(self, stream: "_Stream", text: Text, indent: int = 0) -> Text:
+        """A sentence in lines as wide as the terminal, cut between words and not in a command between backquotes."""
+        if not stream.is_terminal:
+            return text
+        lines: list[Text] = []
+        for line in text.split("\n", allow_blank=True):
+            lines.append(Text())
+            for word in _words(line):
+                if lines[-1] and lines[-1].cell_len + len(word.plain.rstrip()) > stream.width:
+                    lines[-1].rstrip()
+                    lines.append(Text(" " * indent))
+                lines[-1].append_text(word)
+        return Text("\n").join(lines)
+
+
+def _words(text: Text) -> Iterator[Text]:
+    """Pieces that begin with a word and end with the space behind it; what stands between backquotes is one."""
+    ends = [found.end() for found in re.finditer(r"(?:`[^`]*`|\S)+\s*|^\s+", text.plain)]
+    return iter(text.divide([end for end in ends if end < len(text)]))
+
+
+_ASCII = {
+    **{"→": "->", "×": "x", "·": ".", "…": "...", "–": "-", "−": "-", "≥": ">=", "≤": "<=", "≈": "~", "√": "sqrt "},
+    **{"█": "#", "━": "-", "╸": "-", "╺": "-", "²": "^2", "³": "^3", "‘": "'", "’": "'", "“": '"', "”": '"'},
+}
+"""lorakit's own signs, for code pages that lack them."""
+
+
+def _in_ascii(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    lacking = error.object[error.start : error.end]
+    shown = (_ASCII.get(sign) or sign.encode("ascii", "backslashreplace").decode() for sign in lacking)
+    return "".join(shown), error.end
+
+
+def write_everywhere() -> None:
+    """Have stdout and stderr write anything, and stdin read anything, whatever their encoding; once a process."""
+    codecs.register_error("lorakit", _in_ascii)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="lorakit")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
+
+
+def _bar(stream: "_Stream") -> Any:
+    """A live line: what, how far, how long, and of the rest as much as there is room for."""
+    from rich import progress as bars
+    from rich.constrain import Constrain
+    from rich.table import Column
+
+    class Rest(bars.ProgressColumn):
+        def render(self, task: Any) -> Text:
+            return Text(task.fields["note"], no_wrap=True, overflow="ellipsis")
+
+    class Line(bars.Progress):
+        def get_renderables(self) -> Iterator[Any]:
+            # a full line and the terminal's ^C would be two, of which one would stay
+            yield Constrain(self.make_tasks_table(self.tasks), stream.width - 3)
+
+    whole = Column(no_wrap=True)
+    wide = stream.width >= _WIDE
+    columns = [
+        bars.TextColumn("{task.description}", markup=False),
+        bars.MofNCompleteColumn(table_column=whole),
+        bars.TextColumn("{task.fields[unit]}", markup=False),
+        *([bars.BarColumn(bar_width=16), bars.TimeElapsedColumn(table_column=whole)] if wide else []),
+        bars.TimeRemainingColumn(compact=not wide, table_column=whole),
+        Rest(),
+    ]
+    return Line(*columns, console=stream, transient=True)
 
 
 class _Stream(RichConsole):

@@ -6,12 +6,14 @@ Every option reaches typer as text; the config checks it, so that all problems a
 import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any
 
 import typer
 import yaml
 
+from lorakit.completion import offered
 from lorakit.console import Console
+from lorakit.core import environment
 from lorakit.core.artifacts import SETTINGS
 from lorakit.core.config import (
     ChatConfig,
@@ -52,21 +54,35 @@ def command(name: str, body: Callable[..., None]) -> Callable[..., None]:
     config_class = CONFIGS[name]
     settings = config_class.settings()
 
-    def run(config_file: Path | None, json: bool, quiet: bool, **given: Any) -> None:
-        console = Console(json=json, quiet=quiet)
+    def run(config_file: Path | None, json: bool, quiet: bool, verbose: bool, **given: Any) -> None:
+        if quiet and verbose:
+            raise UsageError("found both --quiet and --verbose, need one of them", "leave one out")
+        if verbose:
+            environment.be_verbose()
+        console = Console(json=json, quiet=quiet, verbose=verbose)
         typed = {name: value for name, value in given.items() if value not in (None, False, [])}
         typed |= {name: False for name in settings if typed.pop(_NO + name, False)}
         layers = [_file_layer(config_file, typed, console)] if config_file is not None else []
-        body(config_class.resolve(*layers, (None, typed)), console)
+        try:
+            body(config_class.resolve(*layers, (None, typed)), console)
+        finally:
+            console.close()
 
-    parameters = [parameter for setting in settings.values() for parameter in _parameters(setting)]
+    parameters = [parameter for setting in settings.values() for parameter in _parameters(name, setting)]
     config_help = "Settings file (YAML), or a folder that holds one."
     config_help += f" Or a recipe: {', '.join(recipes())}." if name == "train" else ""
-    config_file = typer.Option("--config", help=config_help, metavar="FILE", rich_help_panel=RUN_PANEL)
+    config_file = typer.Option(
+        "--config",
+        help=config_help,
+        metavar="FILE",
+        rich_help_panel=RUN_PANEL,
+        autocompletion=lambda: list(recipes()) if name == "train" else [],
+    )
     parameters += [
         _keyword("config_file", Path | None, None, config_file),
         _flag("json", "--json", "Print one JSON object on stdout, and nothing else there.", RUN_PANEL),
         _flag("quiet", "--quiet", "No progress and no hints; errors are still printed.", RUN_PANEL),
+        _flag("verbose", "--verbose", "Also what libraries log, and where a bug is.", RUN_PANEL),
     ]
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
@@ -74,10 +90,15 @@ def command(name: str, body: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def _parameters(setting: Setting) -> list[inspect.Parameter]:
+def _parameters(command: str, setting: Setting) -> list[inspect.Parameter]:
     kind, extra = setting.kind, setting.extra
     if extra["positional"]:
-        argument = typer.Argument(help=setting.help, metavar=extra["metavar"], show_default=False)
+        argument = typer.Argument(
+            help=setting.help,
+            metavar=setting.metavar,
+            show_default=False,
+            autocompletion=offered(command, setting),
+        )
         return [_keyword(setting.name, list[str] | None if extra["repeated"] else str | None, None, argument)]
     if kind is bool and setting.field.default:  # shown by what turns it off; the other is for what a file turned off
         off = f"Turn off {setting.label}: {setting.help}"
@@ -88,29 +109,15 @@ def _parameters(setting: Setting) -> list[inspect.Parameter]:
     if kind is bool:
         return [_flag(setting.name, setting.label, setting.help, setting.title)]
     names = [option_name(setting.name)] + ([extra["short"]] if extra["short"] else [])
-    completions = _choices(kind)
     option = typer.Option(
         *names,
         help=setting.help,
-        metavar=extra["metavar"] or _metavar(kind, completions),
+        metavar=setting.metavar,
         show_default=False,
         rich_help_panel=setting.title,
-        autocompletion=(lambda: completions) if completions else None,
+        autocompletion=offered(command, setting),
     )
     return [_keyword(setting.name, list[str] | None if extra["repeated"] else str | None, None, option)]
-
-
-def _choices(kind: Any) -> list[str] | None:
-    """What a setting may be, of one that names a few; each of them where it is a list of such."""
-    if get_origin(kind) is tuple:
-        kind = get_args(kind)[0]
-    return list(get_args(kind)) if get_origin(kind) is Literal else None
-
-
-def _metavar(kind: Any, choices: list[str] | None) -> str:
-    if choices:
-        return "|".join(choices)
-    return {int: "N", float: "X"}.get(kind if kind in (int, float) else None, "TEXT")  # type: ignore[arg-type]
 
 
 def _flag(name: str, option: str, help: str, panel: str, *, hidden: bool = False) -> inspect.Parameter:

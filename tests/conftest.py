@@ -1,8 +1,14 @@
-"""What every test stands on: a folder of its own, no network, a tiny Llama with a byte-level tokenizer, the CLI."""
+"""What every test stands on: a folder of its own, no network, a tiny Llama with a byte-level tokenizer, the CLI.
+
+After the whole suite: every place in lorakit that makes an error was reached, and nobody asked for the network.
+"""
 
 import json
 import os
+import runpy
+import shutil
 import signal
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +20,40 @@ import pytest
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 # Tiny models gain nothing from more threads, and threads that wait for a busy core cost tenfold.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"  # huggingface_hub reads it once, when it is imported
+# This process and all that it starts are watched, see there.
+_SEEN: dict[str, bool] = {}
+_PROBLEMS: list[str] = []
+if "LORAKIT_TESTS_SEEN" not in os.environ:
+    os.environ["LORAKIT_TESTS_SEEN"] = tempfile.mkdtemp(prefix="lorakit-tests-")
+    _SEEN["own"] = True
+runpy.run_path(str(Path(__file__).parent / "guard" / "sitecustomize.py"))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """After the whole suite, see `tests/shown_errors.py`."""
+    config = session.config
+    if hasattr(config, "workerinput"):  # a process of pytest-xdist's: the one that started it asks for all
+        return
+    own, folder = _SEEN.pop("own", None), Path(os.environ["LORAKIT_TESTS_SEEN"])
+    parts = ("keyword", "lf", "failedfirst", "deselect", "ignore", "ignore_glob", "collectonly", "stepwise")
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and config.option.markexpr == "not slow"
+    if whole and session.exitstatus == 0 and not any(getattr(config.option, part, None) for part in parts):
+        from tests.shown_errors import problems
+
+        _PROBLEMS.extend(problems(folder))
+        if _PROBLEMS:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    if own:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if _PROBLEMS:
+        terminalreporter.section("what the whole suite has shown", red=True)
+        for problem in _PROBLEMS:
+            terminalreporter.write_line(problem)
+
 
 CHATML = (
     "{% for message in messages %}"

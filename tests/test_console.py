@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 from lorakit.console import Console, Signals
 from lorakit.core.errors import InputRefused
 from lorakit.core.events import Notice, Progress
+from lorakit.options import CONFIGS
 from tests.conftest import Ran, make_tokenizer
 
 MARKUP = "[q_proj] [bold]x[/bold] [/] [red] :smile: 'a' 3.14 https://example.com \\[y]"
@@ -231,12 +233,181 @@ def test_a_terminal_gets_a_progress_bar_that_goes_away() -> None:
     assert "\x1b[?25h" in written, "the cursor is shown again"
 
 
+def test_a_result_never_stands_behind_the_bar() -> None:
+    script = """
+from lorakit.console import Console
+from lorakit.core.events import Progress
+console = Console()
+console.report(Progress("training", 1, 3, "steps"))
+console.say("a result")
+"""
+    written = plain(on_a_terminal(script))
+    assert re.search(r"\x1b\[1A\x1b\[2K(\x1b\[\?25h)?a result", written)
+
+
 def test_a_pipe_gets_no_escape_codes(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("FORCE_COLOR", "NO_COLOR"):
         monkeypatch.delenv(name, raising=False)
     for script in (ERROR, TRAINING):
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
         assert "\x1b" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("columns", ["40", "80"])
+def test_sentences_are_wrapped_between_words_and_commands_stay_whole(columns: str) -> None:
+    script = """
+from lorakit.console import Console
+from lorakit.core.errors import InputRefused
+console = Console()
+console.say("It fits: " + "the fullest device needs much less than it has, " * 3)
+path = "/a/very/long/path/that/is/never/cut/whatever/happens.jsonl: "
+console.error(InputRefused(path + "found a, need b; " * 6, "run `lorakit train --model m --blocks b` again"))
+console.hint("lorakit train " + "--option value " * 9)
+"""
+    lines = plain(on_a_terminal(script, COLUMNS=columns)).splitlines()
+    *sentences, command = lines
+    assert command.strip() == ("hint: lorakit train " + "--option value " * 9).strip()
+    assert any("`lorakit train --model m --blocks b`" in line for line in sentences)
+    assert any("/a/very/long/path/that/is/never/cut/whatever/happens.jsonl:" in line for line in sentences)
+    long = [line for line in sentences if len(line) > int(columns)]
+    assert all("`lorakit" in line or "/a/very" in line for line in long)
+    words = "It fits: " + "the fullest device needs much less than it has, " * 3
+    assert " ".join(" ".join(sentences).split()).startswith(" ".join(words.split()))
+
+
+def test_each_problem_of_several_has_its_line() -> None:
+    script = """
+from lorakit.console import Console
+from lorakit.core.errors import UsageError
+problems = ["--quantize: found 'nf5', need one of none, int8, nf4, fp4", "--rank: found '0', need 1"]
+Console().error(UsageError("\\n".join(problems), "h"))
+"""
+    first, second, *_ = plain(on_a_terminal(script)).splitlines()
+    assert first == "error: --quantize: found 'nf5', need one of none, int8, nf4, fp4"
+    assert second == "--rank: found '0', need 1"
+
+
+def plain(written: str) -> str:
+    """Without colours."""
+    return re.sub(r"\x1b\[[0-9;]*m", "", written).replace("\r\n", "\n")
+
+
+FAILS = """
+import sys
+from lorakit import cli
+from lorakit.core.errors import InputRefused
+from lorakit.core.events import Progress
+def run(config, console):
+    console.report(Progress("training", 1, 3, "steps"))
+    console.stop_progress() if {stops} else None
+    console.say("half a li", end="")
+    raise {raised}
+run.__doc__ = "Example: x"
+cli.COMMANDS["demo"] = run
+code = cli.main(["demo"])
+sys.exit(0 if code == {code} else 99)
+"""
+
+
+@pytest.mark.parametrize(
+    ("raised", "code"), [("InputRefused('m', 'h')", 3), ("KeyboardInterrupt", 130), ("cli._Terminated", 75)]
+)
+def test_a_command_that_fails_takes_its_bar_away_and_shows_the_cursor(raised: str, code: int) -> None:
+    written = on_a_terminal(FAILS.format(raised=raised, code=code, stops=False))
+    assert "\x1b[?25l" in written
+    assert written.rindex("\x1b[?25h") > written.rindex("\x1b[?25l"), "the cursor is shown again"
+    assert written.rindex("\x1b[2K") < written.rindex("error: "), "the bar is gone"
+    lines = plain(on_a_terminal(FAILS.format(raised=raised, code=code, stops=True))).splitlines()
+    assert lines[-2].lstrip("\x1b[?25h").startswith("error: "), "no half line before it"
+    assert lines[-1].startswith("hint: ")
+
+
+# Encodings
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp437", "cp1252", "utf-8"])
+def test_what_a_code_page_lacks_is_written_in_ascii(encoding: str) -> None:
+    script = """
+from lorakit.console import Console, write_everywhere
+from lorakit.core.errors import InputRefused
+write_everywhere()
+Console().say("1 × 2 → ≥ 3 …")
+Console().say("日")
+Console(json=True).result({"x": "日→é"})
+Console().error(InputRefused("日", "→"))
+"""
+    environ = {**os.environ, "PYTHONIOENCODING": encoding}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True, env=environ)
+    signs, kanji, result = done.stdout.decode(encoding).splitlines()
+    whole = "1 × 2 → ≥ 3 …"
+    can = {"ascii": "", "cp437": "≥", "cp1252": "×…", "utf-8": "×→≥…"}[encoding]
+    for sign, in_ascii in {"×": "x", "→": "->", "≥": ">=", "…": "..."}.items():
+        whole = whole if sign in can else whole.replace(sign, in_ascii)
+    assert signs == whole
+    assert kanji == ("日" if encoding == "utf-8" else "\\u65e5")
+    assert json.loads(result) == {"x": "日→é"}
+    assert "Traceback" not in done.stderr.decode(encoding)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp437", "cp1252"])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["train", "--help"], ["plan-devices", "llama-7b", "--gpus", "24GiB"]]
+)
+def test_commands_print_on_any_code_page(encoding: str, arguments: list[str]) -> None:
+    done = lorakit(*arguments, env={**os.environ, "PYTHONIOENCODING": encoding}, encoding=encoding)
+    assert (done.returncode, "Traceback" in done.stderr) == (0, False)
+    assert done.stdout
+
+
+# Windows of any width
+
+
+@pytest.mark.parametrize("columns", [40, 80, 160])
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["doctor", "--help"]])
+def test_help_fits_its_window(columns: int, arguments: list[str]) -> None:
+    done = lorakit(*arguments, env={**os.environ, "COLUMNS": str(columns), "TERMINAL_WIDTH": str(columns)})
+    assert done.returncode == 0
+    long = [line for line in done.stdout.splitlines() if len(line.rstrip()) > columns]
+    assert [line for line in long if "  lorakit " not in line] == [], "only commands are longer"
+    assert "<bool>" not in done.stdout
+    shown = set(re.findall(r"--[a-z0-9-]+", done.stdout))
+    if arguments[0] in CONFIGS:
+        knobs = CONFIGS[arguments[0]].settings().values()
+        assert {knob.label for knob in knobs if knob.label.startswith("--") and knob.field.default is not True} <= shown
+
+
+def test_bars_are_as_wide_as_there_is_room() -> None:
+    script = "from lorakit.console import Console; Console().bars([('cuda:0', {'w': 0.5, 'L': 0.1}, '1 of 2 GiB')])"
+    for columns, width in (("40", 18), ("80", 48)):
+        line = on_a_terminal(script, COLUMNS=columns).splitlines()[0]
+        assert len(line) <= int(columns)
+        assert len(line.split("|")[1]) == width
+
+
+def test_quiet_and_verbose_contradict_each_other(cli: Callable[..., Ran]) -> None:
+    ran = cli("evaluate", "m", "--blocks", "b", "--quiet", "--verbose")
+    assert ran.code == 2
+    assert "error: found both --quiet and --verbose, need one of them" in ran.err
+
+
+def test_verbose_shows_what_libraries_say_and_where_a_bug_is() -> None:
+    script = (
+        "import sys, logging; from lorakit import cli\n"
+        "def run(config, console): logging.getLogger('library').info('asked for x'); raise RuntimeError('oh')\n"
+        "run.__doc__ = 'Example: x'; cli.COMMANDS['demo'] = run\n"
+        "sys.exit(cli.main(['demo', *sys.argv[1:]]))"
+    )
+    for options, shown in (([], False), (["--verbose"], True)):
+        done = subprocess.run([sys.executable, "-c", script, *options], capture_output=True, text=True, check=False)
+        assert done.returncode == 1
+        assert ("library: asked for x" in done.stderr) == shown
+        assert ("Traceback" in done.stderr) == shown
+
+
+def test_processes_that_a_command_starts_print_alike() -> None:
+    assert Console().options == []
+    assert Console(json=True, quiet=True).options == ["--json", "--quiet"]
+    assert Console(verbose=True).options == ["--verbose"]
 
 
 # Progress without a terminal
@@ -308,7 +479,7 @@ def test_a_pipe_of_what_is_no_text_is_refused(line: bytes, monkeypatch: pytest.M
 
 def test_tabs_and_what_terminals_obey_stay_what_they_are(shown: Callable[[], Shown]) -> None:
     Console().say("if x:\r\n\treturn\t1", end="")
-    Console().say("\x0c")
+    Console().say("\x0c\n", end="")
     assert shown() == ("if x:\r\n\treturn\t1\x0c\n", "")
 
 

@@ -87,7 +87,7 @@ TYPED: list[tuple[type[StepConfig], str, dict[str, Any]]] = [
         "--validation-split 0.125 --validation-dataset /d/v.csv --on-bad-row skip --num-workers 2 "
         "--model m --dataset /d/r.jsonl --dtype bf16 --attention sdpa --quantize nf4 --engine fast "
         "--no-double-quantization "
-        "--int8-threshold 5 --add-tokens <a> --block-size 32 --train-on all "
+        "--int8-threshold 6 --add-tokens <a> --block-size 32 --train-on all "
         "--template chat --pack none --long split --rank 4 --lora-alpha 7.5 --lora-dropout 0.25 "
         "--target-modules q_proj,v_proj --layers-to-transform 0,2-3 --use-rslora --use-dora "
         "--modules-to-save lm_head,embed_tokens --adapter a/b --optimizer lion_8bit "
@@ -118,7 +118,7 @@ TYPED: list[tuple[type[StepConfig], str, dict[str, Any]]] = [
             "quantize": "nf4",
             "engine": "fast",
             "double_quantization": False,
-            "int8_threshold": 5.0,
+            "int8_threshold": 6.0,
             "add_tokens": ["<a>"],
             "block_size": 32,
             "train_on": "all",
@@ -302,6 +302,10 @@ def test_blocks_and_accumulation_arrive_too() -> None:
     assert (found["blocks"], found["gradient_accumulation_steps"]) == (["/b"], 4)
 
 
+def test_an_option_of_an_8_bit_base_arrives_beside_one() -> None:
+    assert values(TrainConfig, *TRAIN, "--quantize", "int8", "--int8-threshold", "5")["int8_threshold"] == 5.0
+
+
 def test_a_short_option_is_the_long_one() -> None:
     assert values(TrainConfig, *TRAIN, "-r", "4") == values(TrainConfig, *TRAIN, "--rank", "4")
 
@@ -462,12 +466,14 @@ def test_the_version_is_printed(cli: Cli) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words", "advice"),
     [
-        (["trian"], "trian", "'train'"),
+        (["trian"], "trian", "did you mean train?"),
+        (["xyz"], "need one of prepare, patch-attention, plan-devices, train", "`lorakit --help`"),
+        (["train", *TRAIN, "--quantize", "nf5"], "--quantize: found 'nf5'", "did you mean nf4?"),
         (["train", "--lora-rnak", "3"], "--lora-rnak", "--rank"),
         (["train", "--learning-rte", "3"], "--learning-rte", "did you mean --learning-rate"),
-        (["train", "--rank"], "--rank", ""),
-        (["train", "extra", *TRAIN], "extra", "--help"),
-        (["prepare", "--json=yes", "r.jsonl"], "--json", ""),
+        (["train", "--rank"], "--rank: found no value, need one", "--help"),
+        (["train", "extra", *TRAIN], "found extra behind all arguments", "--help"),
+        (["prepare", "--json=yes", "r.jsonl"], "--json: found a value, need none", "--help"),
     ],
 )
 def test_a_misspelt_command_line_is_told_in_lorakits_voice(

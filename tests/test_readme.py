@@ -1,5 +1,6 @@
 """README's words about options, held true: defaults beside a recipe, the migration table, translated launches."""
 
+import ast
 import re
 import shlex
 from pathlib import Path
@@ -7,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from lorakit.core.config import PlanDevicesConfig, TrainConfig, option_name
+from lorakit.core.config import MergeConfig, PlanDevicesConfig, PrepareConfig, TrainConfig, option_name
 from lorakit.core.planning import plan_devices
 from lorakit.options import CONFIGS
+from tests.shown_errors import places
 from tests.test_options import TRAIN, parsed
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
@@ -35,7 +37,7 @@ def spans(cell: str) -> list[str]:
     return re.findall(r"`([^`]+)`", cell)
 
 
-ALSO_OPTIONS = {"--quiet", "--json", "--config"}
+ALSO_OPTIONS = {"--quiet", "--verbose", "--json", "--config"}
 OPTIONS = {label: name for name, knob in TrainConfig.settings().items() for label in (knob.label, option_name(name))}
 OPTIONS |= {
     option_name(f"no_{name}"): name for name, knob in TrainConfig.settings().items() if knob.field.default is True
@@ -81,6 +83,59 @@ MIGRATION = {
     spans(flag)[0].removeprefix("--"): (spans(options), note)
     for flag, options, note in rows("Coming from LLaMA-8bit-LoRA")
 }
+
+
+def said(node: ast.expr) -> str:
+    """A text of the code as README shows it: `…` for what it is filled with."""
+    if isinstance(node, ast.JoinedStr):
+        return "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values)
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+
+
+def texts_of_errors() -> set[tuple[str, ...]]:
+    """Every error's text and its hint."""
+    calls: list[Any] = [ast.parse(place.text, mode="eval").body for place in places()]
+    return {tuple(" ".join(said(argument).replace("`", "").split()) for argument in call.args[:2]) for call in calls}
+
+
+@pytest.mark.parametrize(("error", "hint", "why"), rows("Troubleshooting"), ids=lambda cell: cell[:40])
+def test_an_error_that_is_explained_is_one_of_the_codes(error: str, hint: str, why: str) -> None:
+    assert (error.replace("`", ""), hint.replace("`", "").strip()) in texts_of_errors()
+    assert why
+
+
+def test_the_65b_storys_plan_fits_and_its_run_is_the_planned_one(tmp_path: Path) -> None:
+    planning, preparing, training, merging = commands("65B, step by step")
+    asked, _ = parsed(PlanDevicesConfig, *planning[2:])
+    plan = plan_devices(asked, lambda event: None).plan
+    assert plan.fits
+    run, _ = parsed(TrainConfig, *training[2:])
+    assert run.devices.plan == asked.plan.output
+    prepared, _ = parsed(PrepareConfig, *preparing[2:])
+    assert [prepared.output.output] == list(run.data.blocks)
+    assert prepared.packing.block_size == asked.batch.block_size
+    assert prepared.data.tokenizer == run.model.model == "huggyllama/llama-65b"
+    flat, planned = run.flat(), asked.flat()
+    shared = set(flat) & set(planned) - {"output", "model", "parallel", "block_size"}
+    assert {name: flat[name] for name in shared} == {name: planned[name] for name in shared}
+    merged, _ = parsed(MergeConfig, *merging[2:])
+    assert Path(merged.adapter.adapter[0]).name == run.output.output.name
+
+
+def test_the_commands_that_begin_readme_parse() -> None:
+    quick = [shlex.split(line, comments=True) for line in README.split("\n```\n")[1].splitlines()]
+    assert [words[1] for words in quick] == ["doctor", "train", "merge", "chat"]
+    for _, name, *words in quick:
+        parsed(CONFIGS[name], *words)
+
+
+def test_every_file_and_heading_that_readme_links_to_is_there() -> None:
+    headings = {re.sub(r"[^\w -]", "", line.lstrip("# ").lower()).replace(" ", "-") for line in README.splitlines()}
+    for target in re.findall(r"\]\(([^)]+)\)", README):
+        if target.startswith("#"):
+            assert target[1:] in headings, target
+        elif "://" not in target:
+            assert (Path(__file__).parents[1] / target).is_file(), target
 
 
 def test_every_flag_of_the_script_has_its_row() -> None:

@@ -31,8 +31,7 @@ def run(config: "TrainConfig", console: Console) -> None:
     config = launching.in_world(accelerate_config.translated(config, console.report), worker)
     config = with_blocks(config, console.report)
     if worker is None and launching.starts_workers(config):
-        options = [name for name, given in (("--json", console.json), ("--quiet", console.quiet)) if given]
-        raise SystemExit(launching.launch_command("train", config, options, console.report))
+        raise SystemExit(launching.launch_command("train", config, console.options, console.report))
     blocks = config.data.blocks
     target = config.output.output or Path("runs").absolute() / f"{Path(config.model.model).name}-{blocks[0].name}"
     with Signals(worker=worker is not None) as signals:

@@ -81,6 +81,7 @@ TEMPLATES = ("auto", "chat", "none", "alpaca", "vicuna", "llama2", "chatml")
 _DOUBLE_QUANTIZATION = "Quantize the scales of a 4-bit base too: 0.37 bits less for each of its numbers."
 _MAX_SEED = 2**63 - 1  # what torch.manual_seed takes
 _MAX_LAYERS = 10_000
+_WIDEST_METAVAR = 24
 
 
 _TEMPLATE_NEED = "one of " + ", ".join(TEMPLATES) + ", or a Jinja file"
@@ -320,8 +321,7 @@ class RowsSection(Section):
     )
     format: Literal["auto", "messages", "sharegpt", "preference", "prompt/completion", "alpaca", "text"] = setting(
         "auto",
-        "What the rows are: messages, sharegpt, preference, prompt/completion, alpaca or text. auto: told from their "
-        "columns.",
+        "What the rows are. auto: told from their columns.",
         metavar="FORMAT",
     )
     columns: Renamings = setting(
@@ -604,6 +604,10 @@ class HubSection(Section):
     )
     private: bool = setting(False, "Where the repository is new, make it private.", decides_result=False)
 
+    def problems(self) -> Iterator[str]:
+        if self.private and self.push_to_hub is None:
+            yield "found --private without --push-to-hub, need both"
+
 
 class AttentionSection(Section):
     title = "Model"
@@ -852,7 +856,7 @@ class DoctorSection(Section):
     title = "Checks"
     only: tuple[CheckName, ...] = setting(
         (),
-        f"Run this check alone; may be repeated: {', '.join(get_args(CheckName))}.",
+        "Run this check alone; may be repeated.",
         repeated=True,
         metavar="NAME",
         need=f"one of {', '.join(get_args(CheckName))}",
@@ -890,12 +894,32 @@ class Setting(NamedTuple):
 
     @property
     def help(self) -> str:
-        """What it does, and its default as the user would type it."""
-        default = self.field.default
-        if self.field.is_required() or default in (None, False, ()):
-            return str(self.field.description)
-        shown = ",".join(default) if isinstance(default, tuple) else "on" if default is True else f"{default}"
-        return f"{self.field.description} (default: {shown.removesuffix('.0')})"
+        """What it does, what it may be where that isn't its metavar, its bounds, and its default as the user would type
+        it."""
+        text = str(self.field.description)
+        if self.choices and self.metavar != "|".join(self.choices):
+            text += f" One of {', '.join(self.choices)}."
+        default, known = self.field.default, [self._bounds] if self._bounds else []
+        if not (self.field.is_required() or default in (None, False, ())):
+            shown = ",".join(default) if isinstance(default, tuple) else "on" if default is True else f"{default}"
+            known.append(f"default: {shown.removesuffix('.0')}")
+        return f"{text} ({', '.join(known)})" if known else text
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """What it may be, of one that names a few; each of them where it is a list of such."""
+        kind = get_args(self.kind)[0] if get_origin(self.kind) is tuple else self.kind
+        return get_args(kind) if get_origin(kind) is Literal else ()
+
+    @property
+    def metavar(self) -> str:
+        """What stands for its value in `--help`."""
+        if self.extra["metavar"]:
+            return str(self.extra["metavar"])
+        if self.choices:
+            listed = "|".join(self.choices)
+            return listed if len(listed) <= _WIDEST_METAVAR else "NAME"
+        return "N" if self.kind is int else "X" if self.kind is float else "TEXT"
 
     @property
     def kind(self) -> Any:
@@ -916,10 +940,14 @@ class Setting(NamedTuple):
         if self.extra["need"]:
             return str(self.extra["need"])
         if get_origin(kind) is Literal:
-            return "one of " + ", ".join(get_args(kind))
+            return "one of " + ", ".join(self.choices)
         names: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", Path: "a path"}
         bases = [base for base in (kind, *get_args(kind)) if base in names]
         words = names[bases[0]] if bases and get_origin(kind) is not tuple else "text"
+        return " ".join([words, self._bounds]).strip()
+
+    @property
+    def _bounds(self) -> str:
         signs = {Ge: ("ge", "≥"), Gt: ("gt", ">"), Le: ("le", "≤"), Lt: ("lt", "<")}
         bounds = [
             f"{sign} {_number(getattr(bound, name))}"
@@ -927,7 +955,7 @@ class Setting(NamedTuple):
             for cls, (name, sign) in signs.items()
             if isinstance(bound, cls)
         ]
-        return " ".join([words, " and ".join(bounds)]).strip()
+        return " and ".join(bounds)
 
 
 class StepConfig(BaseModel):
@@ -972,6 +1000,7 @@ class StepConfig(BaseModel):
             config = cls.model_validate(nested)
         except ValidationError as error:
             problems += [_explain(entry, settings, origins) for entry in error.errors()]
+            hints += [hint for entry in error.errors() if (hint := _near_choice(entry, settings))]
         if problems:
             hints = hints or ["`--help` says what each setting takes"]
             raise UsageError("\n".join(dict.fromkeys(problems)), "; ".join(dict.fromkeys(hints)))
@@ -997,8 +1026,16 @@ def _explain(entry: Any, settings: Mapping[str, Setting], origins: Mapping[str, 
     return f"{origins[name]}: found {entry['input']!r}, need {settings[name].need}"
 
 
+def _near_choice(entry: Any, settings: Mapping[str, Setting]) -> str | None:
+    """What was probably meant by a value that isn't one of those to choose from."""
+    if entry["type"] != "literal_error" or len(entry["loc"]) < 2:
+        return None
+    near = difflib.get_close_matches(str(entry["input"]), settings[str(entry["loc"][1])].choices, n=1)
+    return f"did you mean {near[0]}?" if near else None
+
+
 def _number(bound: float) -> str:
-    return str(bound) if isinstance(bound, int) else f"{bound:g}"
+    return str(bound) if isinstance(bound, int) else f"{bound:g}".replace("e+0", "e")
 
 
 def option_name(name: str) -> str:
@@ -1023,6 +1060,16 @@ class PrepareConfig(StepConfig):
     packing: PackingSection
     output: OutputSection
     preview: PreviewSection
+
+
+def _quantization_problems(section: ModelSection | PlannedModelSection) -> Iterator[str]:
+    """What is said of a quantized base beside a base that has no such thing."""
+    quantize = section.quantize
+    if not section.double_quantization and quantize not in ("nf4", "fp4"):
+        yield f"found --no-double-quantization with --quantize {quantize}, need --quantize nf4 or fp4 beside it"
+    threshold = getattr(section, "int8_threshold", None)
+    if threshold not in (None, ModelSection.model_fields["int8_threshold"].default) and quantize != "int8":
+        yield f"found --int8-threshold with --quantize {quantize}, need --quantize int8 beside it"
 
 
 SCHEDULE_ARGUMENTS: Mapping[str, frozenset[str]] = {
@@ -1066,9 +1113,11 @@ class TrainConfig(StepConfig):
 
     @model_validator(mode="after")
     def _no_contradictions(self) -> Self:
-        problems = [*self._data_problems(), *self._schedule_problems(), *self._device_problems()]
-        if self.hub.private and self.hub.push_to_hub is None:
-            problems.append("found --private without --push-to-hub, need both")
+        problems = [
+            *_quantization_problems(self.model),
+            *(*self._data_problems(), *self._schedule_problems(), *self._device_problems()),
+            *self.hub.problems(),
+        ]
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -1182,10 +1231,11 @@ class MergeConfig(StepConfig):
 
     @model_validator(mode="after")
     def _options_that_need_others(self) -> Self:
+        problems = list(self.hub.problems())
         if self.merging.blocks and self.merging.verify != "full":
-            raise ValueError("found --blocks without --verify full, need both")
-        if self.hub.private and self.hub.push_to_hub is None:
-            raise ValueError("found --private without --push-to-hub, need both")
+            problems.append("found --blocks without --verify full, need both")
+        if problems:
+            raise ValueError("\n".join(problems))
         return self
 
 
@@ -1230,6 +1280,13 @@ class PlanDevicesConfig(StepConfig):
     optimizer_kind: OptimizerKindSection
     batch: PlannedBatchSection
     plan: PlanSection
+
+    @model_validator(mode="after")
+    def _no_contradictions(self) -> Self:
+        problems = [] if self.plan.compare else list(_quantization_problems(self.model))
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
 
 
 class DemoConfig(StepConfig):

@@ -3,7 +3,6 @@
 import base64
 import ctypes
 import hashlib
-import importlib.metadata
 import logging
 import os
 import re
@@ -91,6 +90,13 @@ def no_kernels_from_the_hub() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
+def be_verbose() -> None:
+    """Have libraries say what they do, on stderr, and a bug be shown where it is; processes that this one starts say so
+    too where they are told."""
+    os.environ["LORAKIT_DEBUG"] = "1"
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+
+
 def variables(*names: str) -> dict[str, str]:
     """Those of these environment variables that are set."""
     return {name: value for name in names if (value := os.environ.get(name))}
@@ -116,6 +122,8 @@ def quiet_profiler() -> None:
 def patched_transformers() -> str | None:
     """Whether someone has edited the Llama source of the installed transformers by hand (an old recipe for flash
     attention), and how to undo it: the file's hash beside the one that was recorded when it was installed."""
+    import importlib.metadata  # slow to import, and `--help` needs none of it
+
     try:
         distribution = importlib.metadata.distribution("transformers")
     except importlib.metadata.PackageNotFoundError:

@@ -212,7 +212,7 @@ class Renderer:
         if lacking:
             raise InputRefused(
                 f"{row.place}: found the columns {', '.join(map(str, row.columns))}; need {', '.join(lacking)}",
-                "correct --columns",
+                "correct --columns NAME=COLUMN, where COLUMN is one that the rows have",
             )
         taken = {name: row.columns[column] for name, column in self._columns.items()}
         rest = {name: value for name, value in row.columns.items() if name not in self._columns.values()}

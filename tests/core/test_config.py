@@ -238,7 +238,6 @@ BOUNDS: list[tuple[type[StepConfig], str, list[object], list[object]]] = [
     (PlanDevicesConfig, "block_size", [8, 65536, "auto"], [7, 65537, "most"]),
     (PlanDevicesConfig, "batch_size", [1, "auto"], [0, -1, 1.5]),
     (PlanDevicesConfig, "gradient_accumulation_steps", [1], [0]),
-    (TrainConfig, "int8_threshold", [0, 6], [-0.1]),
     (TrainConfig, "eval_steps", [1], [0]),
     (TrainConfig, "save_minutes", [0.1], [0]),
     (TrainConfig, "rank", [1], [0, -1]),
@@ -288,7 +287,12 @@ def test_every_number_has_its_bounds_tried() -> None:
     tried = {(config_class, name) for config_class, name, _, _ in BOUNDS}
     numbers = {(c, name) for c in CONFIGS for name, knob in c.settings().items() if knob.kind in (int, float)}
     shared = {"block_size", "max_rows", "validation_split", "num_workers"}  # tried where `prepare` has them
-    together = {"early_stopping_patience", "num_processes", "num_machines"}  # tried below, with what they need beside
+    together = {
+        "early_stopping_patience",
+        "int8_threshold",
+        "num_processes",
+        "num_machines",
+    }  # tried below, with what they need beside
     lacking = {(c, name) for c, name in numbers if (c, name) not in tried}
     assert lacking <= {(TrainConfig, name) for name in shared | together}
 
@@ -296,19 +300,20 @@ def test_every_number_has_its_bounds_tried() -> None:
 @pytest.mark.parametrize(
     ("name", "beside", "inside", "outside"),
     [
+        ("int8_threshold", {"quantize": "int8"}, [0, 6], [-0.1]),
         ("early_stopping_patience", {"eval_steps": 1}, [1], [0]),
         ("num_processes", {"parallel": "ddp"}, [1, 1024], [0, 1025]),
         ("num_machines", {"parallel": "ddp", "rendezvous": "host:29500"}, [2, 1024], [0, 1025]),
     ],
 )
 def test_bounds_hold_beside_what_a_setting_needs(
-    name: str, beside: dict[str, object], inside: list[int], outside: list[int]
+    name: str, beside: dict[str, object], inside: list[float], outside: list[float]
 ) -> None:
     for value in inside:
         assert train(**beside, **{name: value}).flat()[name] == value
     for value in outside:
         error = refused_train(None, **beside, **{name: value})
-        assert f"{option_name(name)}: found {value!r}, need a whole number ≥ 1" in error.message
+        assert f"{option_name(name)}: found {value!r}, need {TrainConfig.settings()[name].need}" in error.message
 
 
 @pytest.mark.parametrize("value", [2.5, "2.5", "two", "", None, [2], {"a": 1}])
@@ -487,6 +492,16 @@ CONTRADICTIONS: list[tuple[dict[str, object], list[str]]] = [
     ),
     ({"private": True}, ["found --private without --push-to-hub, need both"]),
     (
+        {"double_quantization": False},
+        ["found --no-double-quantization with --quantize none, need --quantize nf4 or fp4 beside it"],
+    ),
+    ({"int8_threshold": 5}, ["found --int8-threshold with --quantize none, need --quantize int8 beside it"]),
+    (
+        {"quantize": "nf4", "int8_threshold": 5, "private": True},
+        ["found --int8-threshold with --quantize nf4, need --quantize int8", "--private"],
+    ),
+    ({"quantize": "int8", "double_quantization": False}, ["--no-double-quantization with --quantize int8, need"]),
+    (
         {"parallel": "fsdp", "quantize": "int8", "load_best_model_at_end": True, "private": True, "num_machines": 2},
         ["--load-best-model-at-end without", "--parallel fsdp with", "--num-machines and --rendezvous", "--private"],
     ),
@@ -500,6 +515,33 @@ def test_what_contradicts_is_said_with_what_to_change_and_all_at_once(
     lines = refused_train(None, **values).message.splitlines()
     assert len(lines) == len(words)
     assert all(word in line for word, line in zip(words, lines, strict=True))
+
+
+def test_contradictions_of_merge_are_said_all_at_once() -> None:
+    error = refused(MergeConfig, (None, {"adapter": "a", "private": True, "blocks": "/b"}))
+    assert error.message.splitlines() == [
+        "found --private without --push-to-hub, need both",
+        "found --blocks without --verify full, need both",
+    ]
+
+
+def test_a_plan_refuses_double_quantization_of_a_base_that_has_none_but_compares_all() -> None:
+    values: dict[str, object] = {"model": "m", "double_quantization": False}
+    assert "--no-double-quantization with --quantize none" in refused(PlanDevicesConfig, (None, values)).message
+    for beside in ({"quantize": "nf4"}, {"compare": True}):
+        assert not PlanDevicesConfig.resolve((None, {**values, **beside})).model.double_quantization
+
+
+@pytest.mark.parametrize(
+    ("values", "meant"),
+    [({"quantize": "nf5"}, "nf4"), ({"optimizer": "adamW"}, "adamw"), ({"lr_scheduler_type": "cosin"}, "cosine")],
+)
+def test_a_choice_that_nearly_is_one_is_asked_for(values: dict[str, object], meant: str) -> None:
+    assert f"did you mean {meant}?" in refused_train(None, **values).hint
+
+
+def test_a_choice_that_is_near_to_none_has_the_usual_hint() -> None:
+    assert "did you mean" not in refused_train(None, quantize="16").hint
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "polynomial", "inverse_sqrt", "constant"])
@@ -628,9 +670,6 @@ values_of_train = st.fixed_dictionaries(
         "use_rslora": st.booleans(),
         "use_dora": st.booleans(),
         "optimizer": st.sampled_from(["adamw", "paged_lion_8bit", "sgd"]),
-        "quantize": st.sampled_from(["none", "int8", "nf4", "fp4"]),
-        "double_quantization": st.booleans(),
-        "int8_threshold": st.floats(min_value=0, allow_infinity=False),
         "eval_steps": st.none() | st.integers(1, 10**6),
         "save_minutes": st.none() | positive,
         "deterministic": st.booleans(),
@@ -651,6 +690,16 @@ values_of_train = st.fixed_dictionaries(
         "train_on": st.sampled_from(["completion", "all"]),
     },
 )
+quantizations = st.one_of(
+    st.fixed_dictionaries({"quantize": st.just("none")}),
+    st.fixed_dictionaries(
+        {"quantize": st.just("int8")}, optional={"int8_threshold": st.floats(0, allow_infinity=False)}
+    ),
+    st.fixed_dictionaries(
+        {"quantize": st.sampled_from(["nf4", "fp4"])}, optional={"double_quantization": st.booleans()}
+    ),
+)
+values_of_train = st.builds(lambda values, quantization: {**values, **quantization}, values_of_train, quantizations)
 
 
 @settings(deadline=None, database=None, derandomize=True, max_examples=150)
@@ -706,9 +755,16 @@ def test_every_setting_has_a_name_of_its_own(config_class: type[StepConfig]) -> 
 @pytest.mark.parametrize(
     ("name", "shown"),
     [
-        ("rank", "(default: 16)"),
-        ("lora_alpha", "(default: 32)"),
-        ("learning_rate", "(default: 0.0002)"),
+        ("rank", "(≥ 1, default: 16)"),
+        (
+            "optimizer",
+            "One of adamw, adamw_8bit, paged_adamw, paged_adamw_8bit, lion, lion_8bit, paged_lion, "
+            "paged_lion_8bit, sgd. (default: adamw)",
+        ),
+        ("warmup_ratio", "(≥ 0 and < 1, default: 0.03)"),
+        ("max_steps", "(≥ 1)"),
+        ("lora_alpha", "(> 0 and < 1e6, default: 32)"),
+        ("learning_rate", "(> 0 and ≤ 1000, default: 0.0002)"),
         ("gradient_checkpointing", "(default: on)"),
         ("target_modules", "(default: all-linear)"),
         ("dtype", "(default: auto)"),
@@ -741,7 +797,7 @@ CHANGED: Mapping[str, object] = {
     "epochs": 2.0,
     "max_steps": 5,
     "seed": 1,
-    "quantize": "nf4",
+    "quantize": "fp4",
     "double_quantization": False,
     "int8_threshold": 5.0,
     "attention": "eager",
@@ -765,8 +821,13 @@ CHANGED: Mapping[str, object] = {
 @pytest.mark.parametrize("name", CHANGED)
 def test_what_decides_the_adapter_is_part_of_its_identity(name: str) -> None:
     beside: dict[str, object] = {"eval_steps": 4}
-    schedule = {"lr_scheduler_type": "polynomial"} if name == "lr_scheduler_kwargs" else {}
-    assert train(**{**beside, **schedule, name: CHANGED[name]}).identity() != train(**beside, **schedule).identity()
+    needed: dict[str, dict[str, object]] = {
+        "lr_scheduler_kwargs": {"lr_scheduler_type": "polynomial"},
+        "double_quantization": {"quantize": "nf4"},
+        "int8_threshold": {"quantize": "int8"},
+    }
+    beside |= needed.get(name, {})
+    assert train(**{**beside, name: CHANGED[name]}).identity() != train(**beside).identity()
 
 
 @pytest.mark.parametrize("name", ["batch_size", "gradient_accumulation_steps"])
