@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lorakit.core.adapters import WEIGHTS, Adapter, Change, Replacement, base_folder, match, open_adapter
 from lorakit.core.config import LoraKindSection, LoraSection, is_pattern
-from lorakit.core.errors import EnvironmentUnusable, InputRefused, first_line, is_out_of_memory
+from lorakit.core.errors import EnvironmentUnusable, InputRefused, NonFinite, first_line, is_out_of_memory
 from lorakit.core.events import Notice, Report
 from lorakit.core.fast.storage import FrozenLinear
 from lorakit.core.hub import model_folder
@@ -294,6 +294,11 @@ def _quantize(module: torch.nn.Module, head: torch.nn.Module, how: "_Quantizing"
         if linear is not head and how.quantize != "none":
             there = linear.to(device, how.dtype)
             if how.by_rows:
+                if not bool(torch.isfinite(there.weight).all()):  # which would become a number like any other
+                    raise NonFinite(
+                        f"{name}: found NaN or infinity in the base's weights, need numbers",
+                        "download the model again, or choose another",
+                    )
                 made: torch.nn.Module = FrozenLinear(there, how.quantize)
             else:
                 made = quantized(there, how.quantize, how.dtype, how.double_quantization)

@@ -87,3 +87,20 @@ def test_an_adapter_over_fp8_is_stock_peft_and_merges_as_it_was_trained(
     changed = plain.model.layers[0].mlp.up_proj.weight - rounded.model.layers[0].mlp.up_proj.weight
     largest = base.model.layers[0].mlp.up_proj.weight.abs().max()
     assert 0 < changed.abs().max() <= largest / 28 * 1.01  # half of what lies between two numbers of 8 bits
+
+
+@pytest.mark.parametrize("quantize", ["fp8", "int8"])
+def test_a_base_with_nan_is_refused_before_the_first_step(quantize: str, train: Train, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from tests.conftest import make_llama
+
+    folder = make_llama(tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    ran = train("run", "--quantize", quantize, "--engine", "fast", model=folder)
+    assert ran.code == 8
+    assert "error: model.layers.1.mlp.up_proj: found NaN or infinity in the base's weights, need numbers" in ran.err
+    assert "hint: download the model again" in ran.err
+    assert not list(tmp_path.glob("run/checkpoints/*"))
