@@ -18,7 +18,7 @@ PACKAGE = ROOT / "lorakit"
 
 FLOORS = (
     ("errors", "events"),
-    ("config", "disk", "floats"),
+    ("config", "disk", "floats", "untrusted"),
     ("artifacts", "doctor.finding"),
     ("templates", "weights", "hub", "environment", "elastic", "reporting"),
     (
@@ -41,7 +41,8 @@ FLOORS = (
 """The rooms of the core from the ground up; rooms on one floor don't import each other."""
 
 WITHOUT_TORCH = (
-    *("errors", "events", "config", "disk", "artifacts", "templates", "weights", "hub", "environment", "records"),
+    *("errors", "events", "config", "disk", "untrusted", "artifacts", "templates", "weights", "hub", "environment"),
+    "records",
     *(
         "shapes",
         "memory",

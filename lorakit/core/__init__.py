@@ -30,6 +30,6 @@ Imports go down only:
                       records, profiling, shapes, tracking, accelerate_config, parallel, doctor's other rooms
                         templates, weights, hub, environment, elastic, reporting
                           artifacts, doctor.finding
-                            config, disk, floats
+                            config, disk, floats, untrusted
                               errors, events
 """

@@ -151,9 +151,12 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and its parents. Raises DiskFailed."""
+    """Make a folder and its parents, their names durable: with them what is inside would be lost. Raises DiskFailed."""
     try:
+        missing = [folder for folder in (path, *path.parents) if not folder.exists()]
         path.mkdir(parents=True, exist_ok=True)
+        for folder in missing:
+            fsync_folder(folder.parent)
     except OSError as error:
         raise disk_failed(error, path) from error
 

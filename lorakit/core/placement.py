@@ -24,7 +24,7 @@ from lorakit.core.config import differences
 from lorakit.core.errors import EnvironmentUnusable, InputRefused, Mismatch, OutOfMemory, UsageError
 from lorakit.core.memory import CPU_PROCESS_BYTES, AttentionKind, Bytes, Part, StepMemory, Workload
 from lorakit.core.shapes import Shape
-from lorakit.core.weights import read_json_object
+from lorakit.core.untrusted import read_json_object
 
 Device = int | Literal["cpu"]
 """What `from_pretrained(device_map=…)` calls a device: a GPU's number, or "cpu"."""

@@ -6,7 +6,6 @@ counts as failed. The exit code is 1 where a row failed.
 
 import argparse
 import importlib.metadata
-import json
 import os
 import platform
 import subprocess
@@ -73,8 +72,10 @@ def main() -> int:
             bad += bool(failures) or not count
             seconds = time.monotonic() - started
             red = f"red without {', '.join(noticed)}"
-            lines.append(f"| {name} | {promise.claim} | {promise.how} | {count:,} | {len(failures)} | {red} | {seconds:.0f} |")
-            say(f"{name}: {count:,} trials, {len(failures)} failed, {red}, {seconds:.1f} s" + (f" ({note})" if note else ""))
+            how = promise.how + (f"; {note}" if note else "")
+            figures = (f"{count:,}", str(len(failures)), red, f"{seconds:.0f}")
+            lines.append(f"| {' | '.join((name, promise.claim, how, *figures))} |")
+            say(f"{name}: {count:,} trials, {len(failures)} failed, {red}, {seconds:.1f} s; {note}")
             for failure in failures[:20]:
                 say(f"  {failure}")
     say("\n| | promise | tested by | trials | failed | negative control | s |\n|---|---|---|---|---|---|---|")

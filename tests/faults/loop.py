@@ -20,9 +20,7 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass

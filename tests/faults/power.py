@@ -153,7 +153,13 @@ class Log:
         def write(descriptor: int, data: Any) -> int:
             found = self._open.get(descriptor)
             self.num_calls += found is not None
-            at = os.lseek(descriptor, 0, os.SEEK_CUR) if found and not found[1] else len(found[0].content) if found else 0
+            at = (
+                os.lseek(descriptor, 0, os.SEEK_CUR)
+                if found and not found[1]
+                else len(found[0].content)
+                if found
+                else 0
+            )
             size = real["write"](descriptor, data)
             if found:
                 self._written(found[0], at, bytes(data[:size]))

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from tests.faults import loop, power
+from tests.faults import loop, mutating, power
 from tests.faults.tally import Tally
 
 
@@ -24,6 +24,19 @@ PROMISES: Mapping[str, Promise] = {
         "SIGKILL, also in the middle of a write, at calls of prepare, train and merge; a third killed twice",
         partial(loop.prove, kills=True),
         tuple(loop.PROTECTIONS),
+    ),
+    "P4": Promise(
+        "files of strangers are refused in one sentence or used rightly",
+        "mutated configs, indexes, headers, rows, plans, recipes, templates; merges compared with numpy's; "
+        "every open() watched",
+        mutating.prove,
+        ("checks of adapter_config", "checks of shard names"),
+    ),
+    "P5": Promise(
+        "a flipped byte in an artifact is found before it is used",
+        "each byte of manifests, settings, states; tensors at 2,500 places of each kind of artifact",
+        mutating.prove_flips,
+        ("checks of hashes",),
     ),
     "P6": Promise(
         "a disk that is full or fails ends in exit code 7, the last artifact whole, no traceback",

@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -87,17 +88,24 @@ def command(arguments: Sequence[object]) -> int:
 
 def said_by(body: Callable[[], Any], log: Path, seconds: int = _SECONDS_UNTIL_HUNG) -> Any:
     """What `body` returns in a child, as far as JSON holds it. Raises RuntimeError where it fails."""
-    answer = log.with_suffix(".answer")
+    return said_by_each([body], log, seconds)[0]
 
-    def told() -> int:
-        answer.write_text(json.dumps(body()))
+
+def said_by_each(bodies: Sequence[Callable[[], Any]], log: Path, seconds: int = _SECONDS_UNTIL_HUNG) -> list[Any]:
+    """`said_by` of several children at once."""
+    logs = [log.with_suffix(f".{number}.log") for number in range(len(bodies))]
+
+    def telling(body: Callable[[], Any], log: Path) -> int:
+        log.with_suffix(".answer").write_text(json.dumps(body()))
         return 0
 
-    code = forked(told, log, seconds)
-    if code:
-        raise RuntimeError(f"exit code {code}\n{log.read_text(errors='replace')[-4000:]}")
-    found = json.loads(answer.read_text())
-    answer.unlink()
+    children = [begun(partial(telling, body, log), log, seconds) for body, log in zip(bodies, logs, strict=True)]
+    found = []
+    for child, log in zip(children, logs, strict=True):
+        code = ended(child)
+        if code:
+            raise RuntimeError(f"exit code {code}\n{log.read_text(errors='replace')[-4000:]}")
+        found.append(json.loads(log.with_suffix(".answer").read_text()))
     return found
 
 
