@@ -4,6 +4,7 @@ A mutated file is refused with a LorakitError, or used rightly: what is merged i
 same files, read by `json` and the safetensors library. No file outside of the folders is opened meanwhile.
 """
 
+import copy
 import itertools
 import json
 import math
@@ -95,7 +96,7 @@ def mutated_json(raw: bytes, chance: random.Random) -> bytes:
         elif what < 0.6 and type(inside[key]) in (int, float):
             inside[key] += chance.choice((-1, 1, 8, -8, 0.5, 2**32))
         else:
-            inside[key] = chance.choice(HOSTILE)
+            inside[key] = copy.deepcopy(chance.choice(HOSTILE))
     text = json.dumps(content).encode()
     for number, mark in enumerate(marks):
         text = text.replace(f'"@{number}@"'.encode(), mark)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from tests.faults import loop, mutating, power
+from tests.faults import loop, mutating, power, training
 from tests.faults.tally import Tally
 
 
@@ -24,6 +24,18 @@ PROMISES: Mapping[str, Promise] = {
         "SIGKILL, also in the middle of a write, at calls of prepare, train and merge; a third killed twice",
         partial(loop.prove, kills=True),
         tuple(loop.PROTECTIONS),
+    ),
+    "P2": Promise(
+        "a run that goes on is bit for bit the run that wasn't stopped (CPU)",
+        "from the checkpoint of each step: adapter, optimizer, losses; fp32, bf16 with accumulation, dropout on",
+        training.prove_resume,
+        ("seeds of micro-steps",),
+    ),
+    "P3": Promise(
+        "on 1, then 2, then 1 processes: the same samples, losses within 1e-6",
+        "two gloo ranks; each step's loss and samples beside one process alone",
+        training.prove_world_sizes,
+        ("sums of gradients",),
     ),
     "P4": Promise(
         "files of strangers are refused in one sentence or used rightly",
@@ -49,5 +61,29 @@ PROMISES: Mapping[str, Promise] = {
         "logged operations replayed, what isn't fsynced dropped in every way listed",
         power.prove,
         ("files", "folders"),
+    ),
+    "P8": Promise(
+        "SIGTERM: a step is finished and saved, exit code 75, the same adapter after the same command",
+        "real signals at random moments, every fifth to two ranks",
+        training.prove_signals,
+        ("the save of a stop",),
+    ),
+    "P9": Promise(
+        "a rank that dies ends the run within 10 s, one that hangs within the timeout + 10 s, exit code 10",
+        f"two gloo ranks, SIGKILL or SIGSTOP to one at random moments; timeout {training._TIMEOUT_SECONDS} s",
+        training.prove_deaths,
+        ("the timeout of exchanges",),
+    ),
+    "P11": Promise(
+        "gradients of micro-steps are those of the whole step, to 1e-6",
+        "fp64; 1, 2, 4, 8 of 8, 7, 5 blocks at once, unequal lengths; transformers' own loss a document",
+        training.prove_accumulation,
+        ("one mean over the step",),
+    ),
+    "P12": Promise(
+        "NaN and infinity never reach the disk: exit code 8",
+        "in losses, gradients, activations, parameters, in one of six steps, every fifth in rank 1 of two",
+        training.prove_no_nan,
+        ("the checks",),
     ),
 }
