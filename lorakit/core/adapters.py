@@ -12,6 +12,7 @@ What a tensor does is said by its name, as PEFT writes it:
 
 import math
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -205,8 +206,9 @@ def _refuse_unusable(folder: Path, config: Mapping[str, Any]) -> None:
     targets = [config.get(key) for key in ("target_modules", "exclude_modules", "layers_pattern")]
     for pattern in (*patterns[0], *patterns[1], *(pattern for pattern in targets if isinstance(pattern, str))):
         try:
-            re.compile(pattern)
-        except re.error as error:
+            with warnings.catch_warnings(action="ignore"):
+                re.compile(pattern)
+        except (re.error, RecursionError, OverflowError) as error:
             raise InputRefused(
                 f"{folder}: found the pattern {pattern!r} ({error}), need a regular expression",
                 f"correct it in {CONFIG}",

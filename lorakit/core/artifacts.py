@@ -144,7 +144,7 @@ def _is_lorakits(content: Mapping[str, Any]) -> bool:
     """Whether a manifest has what one has, and names files of its own folder only."""
     parts = {name: content.get(name) for name in ("config", "parents", "facts", "files")}
     return (
-        content.get("kind") in MADE_BY
+        content.get("kind") in list(MADE_BY)
         and type(content.get("format")) is int
         and all(isinstance(part, dict) for part in parts.values())
         and all(isinstance(parent, str) for parent in content["parents"].values())

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from jinja2 import TemplateError, TemplateSyntaxError, meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
+from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
@@ -27,6 +28,7 @@ MAX_TEXT_CHARACTERS = 16 * 2**20
 
 _CPU_SECONDS = 5.0  # of one text: a conversation of 16 MiB takes two
 _MORE_BYTES = 2**30
+_MAX_IN_POWER = 1000
 
 _OUT_OF_BOUNDS = f"over {_CPU_SECONDS:.0f} s of CPU time or {_MORE_BYTES / 2**30:.0f} GiB of memory for one text"
 
@@ -168,9 +170,18 @@ def _raise_exception(message: str) -> None:
     raise TemplateError(message)
 
 
-_ENVIRONMENT = ImmutableSandboxedEnvironment(
-    trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-)
+class _Environment(ImmutableSandboxedEnvironment):
+    """The sandbox, where a power is no way to keep Python busy inside of one instruction, which nothing interrupts."""
+
+    intercepted_binops = frozenset(["**"])
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        if any(abs(side) > _MAX_IN_POWER for side in (left, right)):
+            raise TemplateError(f"a power of numbers over {_MAX_IN_POWER}")
+        return super().call_binop(context, operator, left, right)
+
+
+_ENVIRONMENT = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
 _ENVIRONMENT.filters["tojson"] = _tojson
 _ENVIRONMENT.globals |= {
     "raise_exception": _raise_exception,

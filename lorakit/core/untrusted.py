@@ -174,7 +174,7 @@ def _is_too_deep(value: Any) -> bool:
     level, depth = [value], 0
     while level:
         depth += 1
-        if depth > MAX_DEPTH + 1:
+        if depth > MAX_DEPTH:
             return True
         level = [
             inner

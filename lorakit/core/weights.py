@@ -236,6 +236,8 @@ def read_header(path: Path) -> dict[str, TensorPlace]:
             if not all(type(size) is int and 0 <= size <= _MAX_SIZE for size in shape):
                 raise ValueError(f"the tensor {name} with the shape {shape}")
             size_bytes = math.prod(shape) * _ITEM_BYTES[dtype]
+            if type(start) is not int or type(end) is not int:
+                raise ValueError(f"the tensor {name} at {start!r}-{end!r}")
             if start + 8 + header_bytes != at or end - start != size_bytes:
                 raise ValueError(f"the tensor {name} at bytes {start}-{end}")
             places[name] = TensorPlace(path.name, dtype, shape, at, at + size_bytes)

@@ -51,7 +51,11 @@ def main() -> int:
         from tests.faults.loop import make_inputs
         from tests.faults.server import import_all, said_by
 
-        chosen = {name: promise for name, promise in PROMISES.items() if not asked.names or name in asked.names}
+        chosen = {
+            name: promise
+            for name, promise in PROMISES.items()
+            if name in asked.names or (not asked.names and (promise.in_short or not asked.short))
+        }
         import_all()
         make_inputs(work)
         for name, promise in chosen.items():

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from tests.faults import loop, mutating, power, training
+from tests.faults import crowding, loop, merging, mutating, power, training
 from tests.faults.tally import Tally
 
 
@@ -16,6 +16,8 @@ class Promise:
     how: str
     prove: Callable[..., Tally]
     without: Sequence[str]
+    in_short: bool = True
+    """Whether the short table has it too."""
 
 
 PROMISES: Mapping[str, Promise] = {
@@ -74,6 +76,12 @@ PROMISES: Mapping[str, Promise] = {
         training.prove_deaths,
         ("the timeout of exchanges",),
     ),
+    "P10": Promise(
+        "a merge changes what the adapter changes, rounded once, and nothing else",
+        "6 bases (tied, biases, sharded, …) × 3 types × 6 adapters, beside fp64; other tensors byte for byte",
+        merging.prove,
+        ("the reading back of a wrong scale",),
+    ),
     "P11": Promise(
         "gradients of micro-steps are those of the whole step, to 1e-6",
         "fp64; 1, 2, 4, 8 of 8, 7, 5 blocks at once, unequal lengths; transformers' own loss a document",
@@ -85,5 +93,11 @@ PROMISES: Mapping[str, Promise] = {
         "in losses, gradients, activations, parameters, in one of six steps, every fifth in rank 1 of two",
         training.prove_no_nan,
         ("the checks",),
+    ),
+    "crowd": Promise(
+        "of many processes on one output one wins, the rest wait or are told, nothing is mixed",
+        "eight at once on prepare, merge, train; locks that work, and locks that do nothing",
+        crowding.prove,
+        ("the file of the owner",),
     ),
 }

@@ -216,7 +216,7 @@ def prove_world_sizes(work: Path, *, short: bool, jobs: int, without: str | None
 
 
 def _long(work: Path, output: Path) -> list[str]:
-    return line(work, output, 60, "--save-steps", 1000, "--keep-checkpoints", 1, "--effective-batch-size", 2)
+    return line(work, output, 24, "--save-steps", 1000, "--keep-checkpoints", 1, "--effective-batch-size", 2)
 
 
 def stopped(work: Path, longest: float, number: int) -> Any:
