@@ -50,6 +50,7 @@ def main() -> int:
         tempfile.tempdir = None
         from tests.faults.loop import make_inputs
         from tests.faults.server import import_all, said_by
+        from tests.faults.trainer import compared
 
         chosen = {
             name: promise
@@ -82,8 +83,14 @@ def main() -> int:
             say(f"{name}: {count:,} trials, {len(failures)} failed, {red}, {seconds:.1f} s; {note}")
             for failure in failures[:20]:
                 say(f"  {failure}")
+        beside = (
+            said_by(lambda: compared(work, asked.jobs), work / "peer.log", 3600)
+            if "P1" in chosen and not asked.short
+            else ""
+        )
     say("\n| | promise | tested by | trials | failed | negative control | s |\n|---|---|---|---|---|---|---|")
     say("\n".join(lines))
+    say(f"\n{beside}")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in LIBRARIES)
     say(
         f"\n{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores ({platform.machine()}), Linux {platform.release()}, "

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from tests.faults import crowding, loop, merging, mutating, power, training
+from tests.faults import crowding, enduring, loop, merging, mutating, power, training
 from tests.faults.tally import Tally
 
 
@@ -99,5 +99,12 @@ PROMISES: Mapping[str, Promise] = {
         "eight at once on prepare, merge, train; locks that work, and locks that do nothing",
         crowding.prove,
         ("the file of the owner",),
+    ),
+    "load": Promise(
+        "long work takes no more memory and open files than short work",
+        "a checkpoint each ten steps, merges in a row, rows by the gigabyte (short ones beside 64 KB that aren't used)",
+        enduring.prove,
+        ("the release of what is used",),
+        in_short=False,
     ),
 }
