@@ -24,7 +24,7 @@ from safetensors.numpy import save
 
 from lorakit.core import artifacts
 from lorakit.core.artifacts import Artifact
-from lorakit.core.errors import ArtifactDamaged, InputRefused, Mismatch
+from lorakit.core.errors import ArtifactDamaged, InputRefused, Mismatch, UsageError
 from lorakit.core.tokenization import Document
 from lorakit.core.weights import read_header
 
@@ -107,10 +107,15 @@ class Blocks:
 
     def __init__(self, folders: Path | Sequence[Path], part: str = TRAINING) -> None:
         """Raises InputRefused where a folder is no blocks folder, ArtifactDamaged where one isn't whole, Mismatch where
-        they are of different sizes or tokenizers."""
+        they are of different sizes or tokenizers, UsageError where one is named twice."""
         folders = [folders] if isinstance(folders, Path) else list(folders)
         self.artifacts = [artifacts.open_artifact(folder, "blocks") for folder in folders]
-        for artifact in self.artifacts:
+        for number, artifact in enumerate(self.artifacts):
+            if any(artifact.path.samefile(other.path) for other in self.artifacts[:number]):
+                raise UsageError(
+                    f"--blocks: found {artifact.path} twice, need each folder once",
+                    "leave one out; --epochs says how often blocks are trained on",
+                )
             if type(artifact.config.get("block_size")) is not int or "tokenizer" not in artifact.parents:
                 raise InputRefused(
                     f"{artifact.path}: found blocks without their size or tokenizer, need those of lorakit's",
