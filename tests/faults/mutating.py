@@ -375,7 +375,7 @@ def take_away(without: str | None) -> None:
 
 def prove(work: Path, *, short: bool, jobs: int, without: str | None = None) -> Tally:
     """P4."""
-    total, by_line = (3000, 24) if short else (4000, 0) if without else (100_000, 1000)
+    total, by_line = (2000, 0) if without else (2000, 20) if short else (100_000, 1000)
     tally, accepted, peak_bytes = Tally(), 0, 0
     bodies: list[Callable[[], Any]] = [partial(in_process, number, total // jobs, without) for number in range(jobs)]
     bodies += [partial(by_command_line, number, by_line // jobs) for number in range(jobs) if by_line]

@@ -30,6 +30,9 @@ _SHARD_BYTES = 4096  # so that these few blocks fill several shards
 
 def import_all() -> None:
     """Everything that the commands import, so that no child has to."""
+    from lorakit.core.environment import no_kernels_from_the_hub
+
+    no_kernels_from_the_hub()  # before bitsandbytes is imported, as the command line does
     import matplotlib.figure  # noqa: F401
     import torch
     import transformers.models.llama.modeling_llama

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux" or shutil.which("gcc") is None, reason="the shim needs Linux and gcc"),
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(900),
 ]
 
 
