@@ -307,7 +307,10 @@ class AppendedFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
+            is_new = not path.exists()
             self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+            if is_new:
+                fsync_folder(path.parent)  # else a power loss takes its name, and with it the lines that were synced
         except OSError as error:
             raise disk_failed(error, path) from error
 

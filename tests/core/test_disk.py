@@ -208,6 +208,14 @@ def test_where_locks_work_there_is_no_other_file(tmp_path: Path) -> None:
         assert os.listdir(tmp_path) == [".out.lock"]
 
 
+def test_the_name_of_a_growing_file_is_fsynced_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[Path] = []
+    monkeypatch.setattr(disk, "fsync_folder", synced.append)
+    for _ in range(2):
+        disk.AppendedFile(tmp_path / "metrics.jsonl").close()
+    assert synced == [tmp_path]
+
+
 def test_names_of_new_folders_are_fsynced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[Path] = []
     monkeypatch.setattr(disk, "fsync_folder", synced.append)

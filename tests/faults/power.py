@@ -113,7 +113,9 @@ class Log:
             return None
         node = self._now
         for part in folder.relative_to(self.root).parts:
-            node = (node.names or {}).get(part) or Node({})  # no such folder, and so the call is going to fail
+            if part not in (node.names or {}):
+                return None  # no such folder: the call is going to fail, and the shim doesn't count it
+            node = node.names[part]  # type: ignore[index]
         return node, absolute.name
 
     def _at(self, path: Any) -> Node | None:
@@ -318,8 +320,10 @@ def promised(log: Log, upto: int) -> set[str]:
         elif operation.what == "removed":
             there.discard(operation.name)
     for operation in log.operations[:upto]:  # as --overwrite does: another name for the whole
-        if operation.what == "rename" and operation.old_name in there:
-            there.discard(operation.old_name)
+        if operation.what == "rename":
+            there = {
+                name for name in there if name != operation.old_name and not name.startswith(f"{operation.old_name}/")
+            }
     return there
 
 
