@@ -488,8 +488,8 @@ def _sweep(target: Path) -> None:
     beside = re.compile(rf"\.(stage|trash)-{re.escape(target.name)}-[0-9a-f]{{32}}")
     leftovers = [path for path in target.parent.iterdir() if beside.fullmatch(path.name)]
     for path in leftovers:
-        if path.name.startswith(".trash-") and not target.exists():
-            os.rename(path, target)  # killed between the two renames of a replacement
+        if path.name.startswith(".trash-") and not target.exists() and _was_moving_in(path, path):
+            os.rename(path, target)  # killed between the two renames of a replacement, and not while it was removed
         else:
             _drop(path)
     if target.is_dir():
@@ -500,7 +500,7 @@ def _sweep(target: Path) -> None:
 
 
 def _was_moving_in(stage: Path, target: Path) -> bool:
-    """Whether `stage` was complete, so that each of its files is there or in `target` with its size."""
+    """Whether `stage` was complete: each file that its manifest names is in it, or in `target`, with its size."""
     try:
         files = read_manifest(stage)["files"]
         places = {name: stage / name if (stage / name).exists() else target / name for name in files}
