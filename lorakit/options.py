@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 
 from lorakit.completion import offered
 from lorakit.console import Console
@@ -30,7 +29,8 @@ from lorakit.core.config import (
     TrainConfig,
     option_name,
 )
-from lorakit.core.errors import UsageError, disk_failed
+from lorakit.core.errors import UsageError
+from lorakit.core.untrusted import MAX_SETTINGS_BYTES, parse_yaml, read_small
 
 RUN_PANEL = "This command"
 _NO = "no_"
@@ -156,26 +156,12 @@ def read_settings(path: Path) -> Mapping[str, object]:
         f"give a file of `name: value` lines, as every lorakit output holds one ({SETTINGS}), or one of the recipes: "
     )
     hint += ", ".join(recipes())
+    if not file.exists():
+        raise UsageError(f"--config {path}: found no such file and no recipe, need one of them", hint)
     try:
-        content = yaml.load(file.read_text(encoding="utf-8"), Loader=_UniqueKeys)
-    except FileNotFoundError:
-        raise UsageError(f"--config {path}: found no such file and no recipe, need one of them", hint) from None
-    except OSError as error:
-        raise disk_failed(error, file) from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or a date like 2020-13-45
-        reason = " ".join(str(error).split())
-        raise UsageError(f"--config {file}: found {reason}, need YAML", hint) from None
+        content = parse_yaml(read_small(file, MAX_SETTINGS_BYTES, hint))
+    except ValueError as error:
+        raise UsageError(f"--config {file}: found {error}, need YAML", hint) from None
     if not isinstance(content, dict):
         raise UsageError(f"--config {file}: found {type(content).__name__}, need names with values", hint)
     return content
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML's safe subset, where a key that stands twice is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} twice", node.start_mark)
-        return super().construct_mapping(node, deep)

@@ -416,12 +416,13 @@ def test_a_file_that_isnt_there_is_named(tmp_path: Path) -> None:
 
 
 def test_a_file_that_cant_be_read_is_a_disk_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(path: Path, **_: object) -> None:
+    def broken(path: Path, *_: object) -> None:
         raise OSError(5, "Input/output error", str(path))
 
-    monkeypatch.setattr(Path, "read_text", broken)
+    path = settings_file(tmp_path, "rank: 4\n")
+    monkeypatch.setattr(Path, "open", broken)
     with pytest.raises(DiskFailed, match="found 'Input/output error'"):
-        read_settings(tmp_path / "run.yaml")
+        read_settings(path)
 
 
 def test_a_problem_of_the_file_names_the_file_and_one_of_the_line_the_option(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ PACKAGE = ROOT / "lorakit"
 
 FLOORS = (
     ("errors", "events"),
-    ("config", "disk", "floats", "intervals", "fast", "fast.storage"),
+    ("config", "disk", "floats", "intervals", "untrusted", "fast", "fast.storage"),
     ("artifacts", "doctor.finding", "fast.kernels"),
     ("templates", "weights", "hub", "environment", "elastic", "reporting", "fast.linear", "doctor.trials"),
     (
@@ -44,7 +44,8 @@ FLOORS = (
 """The rooms of the core from the ground up; rooms on one floor don't import each other."""
 
 WITHOUT_TORCH = (
-    *("errors", "events", "config", "disk", "artifacts", "templates", "weights", "hub", "environment", "records"),
+    *("errors", "events", "config", "disk", "untrusted", "artifacts", "templates", "weights", "hub", "environment"),
+    "records",
     *(
         "shapes",
         "memory",

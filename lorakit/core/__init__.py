@@ -31,6 +31,6 @@ Imports go down only:
                       records, profiling, shapes, tracking, accelerate_config, parallel, fast.layers, doctor's others
                         templates, weights, hub, environment, elastic, reporting, fast.linear, doctor.trials
                           artifacts, doctor.finding, fast.kernels
-                            config, disk, floats, intervals, fast.storage
+                            config, disk, floats, intervals, untrusted, fast.storage
                               errors, events
 """

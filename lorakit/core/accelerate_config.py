@@ -8,12 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
-
 from lorakit.core.config import TrainConfig
 from lorakit.core.environment import free_gpu_bytes
-from lorakit.core.errors import UsageError, disk_failed
+from lorakit.core.errors import UsageError
 from lorakit.core.events import Notice, Report
+from lorakit.core.untrusted import MAX_SETTINGS_BYTES, parse_yaml, read_small
 
 _DEFAULT_PORT = 29500  # accelerate's, where main_process_port is left out
 _SHARDED = (
@@ -103,14 +102,12 @@ class _File:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        if not path.exists():
             self._refuse("no such file", "an accelerate config file", "`accelerate config` writes one")
-        except OSError as error:
-            raise disk_failed(error, path) from error
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
-            self._refuse(" ".join(str(error).split()), "YAML", "`accelerate config` writes such a file")
+        try:
+            content = parse_yaml(read_small(path, MAX_SETTINGS_BYTES, "`accelerate config` writes such a file"))
+        except ValueError as error:
+            self._refuse(str(error), "YAML", "`accelerate config` writes such a file")
         if not isinstance(content, dict) or "distributed_type" not in content:
             self._refuse("no distributed_type", "an accelerate config file", "`accelerate config` writes one")
         self.top: Mapping[str, Any] = content

@@ -12,6 +12,7 @@ What a tensor does is said by its name, as PEFT writes it:
 
 import math
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,13 +24,13 @@ from lorakit.core.artifacts import Artifact
 from lorakit.core.errors import InputRefused, Mismatch
 from lorakit.core.events import Notice, Report
 from lorakit.core.hub import model_folder
+from lorakit.core.untrusted import TakesTooLong, bounded, read_json_object
 from lorakit.core.weights import (
     HEAD,
     TensorPlace,
     Weights,
     has_a_row_a_token,
     read_header,
-    read_json_object,
     refuse_gguf,
 )
 
@@ -58,6 +59,8 @@ _LORA = re.compile(r"(.+)\.lora_(?:(A|B)\.weight|(B\.bias)|embedding_(A|B)|(magn
 _ROWS = re.compile(r"(.+)\.token_adapter\.trainable_tokens_delta")
 _COPY = re.compile(r"(.+)\.(?:modules_to_save|original_module)\.(\w+)")
 _WHOLE = re.compile(r"(.+?)(?:\.token_adapter)?(?:\.base_layer)?\.(\w+)")
+_MAX_RANK = 2**20
+_MATCHING_SECONDS = 5.0  # of CPU time, for all patterns of an adapter and all modules of its base
 
 
 @dataclass(frozen=True)
@@ -154,6 +157,11 @@ def open_adapter(folder: Path, report: Report) -> Adapter:
             )
         raise InputRefused(f"{folder}: found no {CONFIG}, need an adapter", "`lorakit train` makes adapters")
     artifact = artifacts.open_artifact(folder, "adapter") if artifacts.is_artifact(folder) else None
+    if artifact is not None and not {"base", "blocks"} <= set(artifact.parents):
+        raise InputRefused(
+            f"{folder}: found an adapter that doesn't say what it comes from, need one of lorakit's",
+            "don't use this folder: someone made its manifest by hand",
+        )
     if artifact is None:
         report(Notice(f"{folder}: unverified: an adapter without lorakit's manifest"))
     config = read_json_object(folder / CONFIG, "")
@@ -186,7 +194,7 @@ def _refuse_unusable(folder: Path, config: Mapping[str, Any]) -> None:
     ranks = [config.get("r"), *patterns[0].values()]
     alphas = [config.get("lora_alpha"), *patterns[1].values()]
     for rank in ranks:
-        if type(rank) is not int or rank < 1:
+        if type(rank) is not int or not 1 <= rank <= _MAX_RANK:
             raise InputRefused(
                 f"{folder}: found r = {rank!r}, need a whole number ≥ 1", "use an adapter that has ranks"
             )
@@ -195,10 +203,12 @@ def _refuse_unusable(folder: Path, config: Mapping[str, Any]) -> None:
             raise InputRefused(
                 f"{folder}: found lora_alpha = {alpha!r}, need a number above 0", "use an adapter that has a scale"
             )
-    for pattern in (*patterns[0], *patterns[1]):
+    targets = [config.get(key) for key in ("target_modules", "exclude_modules", "layers_pattern")]
+    for pattern in (*patterns[0], *patterns[1], *(pattern for pattern in targets if isinstance(pattern, str))):
         try:
-            re.compile(pattern)
-        except re.error as error:
+            with warnings.catch_warnings(action="ignore"):
+                re.compile(pattern)
+        except (re.error, RecursionError, OverflowError) as error:
             raise InputRefused(
                 f"{folder}: found the pattern {pattern!r} ({error}), need a regular expression",
                 f"correct it in {CONFIG}",
@@ -244,8 +254,16 @@ def match(adapter: Adapter, base: Weights) -> list[Change]:
             whole.setdefault(_whole_name(name), place)
     if base.is_tied and base.embedding in whole:
         whole.setdefault(HEAD, whole[base.embedding])
-    for module, names in sorted(modules.items()):
-        found += _lora(adapter, base, module, names, whole)
+    try:
+        with bounded(_MATCHING_SECONDS):
+            for module, names in sorted(modules.items()):
+                found += _lora(adapter, base, module, names, whole)
+            _match_targets(adapter, base)
+    except TakesTooLong:
+        raise InputRefused(
+            f"{adapter.folder}: found a pattern that takes over {_MATCHING_SECONDS:.0f} s to match, need a simple one",
+            f"write names instead of regular expressions in {CONFIG}",
+        ) from None
     for name in adapter.tensors:
         if rows := _ROWS.fullmatch(name):
             found.append(_rows(adapter, base, rows[1].removeprefix(_PREFIX), name, whole))
@@ -311,6 +329,14 @@ def _lora(
             yield f"{names['B.bias']}: the base has no such bias to add it to"
         else:
             yield BiasShift(f"{module}.bias", names["B.bias"], scale)
+
+
+def _match_targets(adapter: Adapter, base: Weights) -> None:
+    """Match what PEFT is going to match, as it does: here it can be stopped."""
+    patterns = [adapter.config.get(key) for key in ("target_modules", "exclude_modules", "layers_pattern")]
+    for pattern in [pattern for pattern in patterns if isinstance(pattern, str)]:
+        for name in base.tensors:
+            re.fullmatch(pattern, name.rpartition(".")[0])
 
 
 def _rows(adapter: Adapter, base: Weights, module: str, name: str, whole: Mapping[str, TensorPlace]) -> TokenRows | str:

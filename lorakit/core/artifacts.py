@@ -30,6 +30,7 @@ from lorakit import __version__
 from lorakit.core import disk
 from lorakit.core.config import StepConfig, differences
 from lorakit.core.errors import ArtifactDamaged, InputRefused, Mismatch, disk_failed
+from lorakit.core.untrusted import parse_json
 
 MANIFEST = "lorakit.json"
 SETTINGS = "lorakit.yaml"
@@ -46,6 +47,7 @@ MADE_BY = {
 }
 """Every kind of artifact and the command that makes it."""
 
+_FILE_NAME = re.compile(r"(?!\.{1,2}$)[^/\x00]+")
 _REPLACED = "replaced.json"  # in a stage: the manifest of what it replaces in place
 _NEXT_TO_LAST = "adapter_config.json"  # a folder without it is no adapter to peft, so it appears after the weights
 
@@ -116,21 +118,44 @@ def read_manifest(folder: Path, hint: str = "check the path") -> Mapping[str, An
     except OSError as error:
         raise disk_failed(error, path) from error
     try:
-        content = json.loads(raw)
+        content = parse_json(raw)
         whole = _manifest_bytes(content) == raw
-    except (ValueError, AttributeError, TypeError, RecursionError):
+    except (ValueError, AttributeError, TypeError):
         whole = False
     if not whole:
         raise ArtifactDamaged(
             f"{path}: found a manifest whose bytes don't match their own hash, need it as lorakit wrote it",
             "make the artifact again: remove the folder and run the command that made it",
         )
-    if content["format"] > FORMAT:
+    if type(content.get("format")) is int and content["format"] > FORMAT:
         raise InputRefused(
             f"{path}: found format {content['format']}, need at most {FORMAT}",
-            f"use the lorakit that wrote it: {content['lorakit']} or newer",
+            f"use the lorakit that wrote it: {content.get('lorakit')} or newer",
+        )
+    if not _is_lorakits(content):
+        raise InputRefused(
+            f"{path}: found a manifest that lorakit doesn't write, though its hash is right; need one of lorakit's",
+            "don't use this folder: someone made that file by hand",
         )
     return dict(content)
+
+
+def _is_lorakits(content: Mapping[str, Any]) -> bool:
+    """Whether a manifest has what one has, and names files of its own folder only."""
+    parts = {name: content.get(name) for name in ("config", "parents", "facts", "files")}
+    return (
+        content.get("kind") in list(MADE_BY)
+        and type(content.get("format")) is int
+        and all(isinstance(part, dict) for part in parts.values())
+        and all(isinstance(parent, str) for parent in content["parents"].values())
+        and all(
+            _FILE_NAME.fullmatch(name)
+            and isinstance(entry, dict)
+            and type(entry.get("bytes")) is int
+            and isinstance(entry.get("sha256"), str)
+            for name, entry in content["files"].items()
+        )
+    )
 
 
 def open_artifact(folder: Path, kind: str) -> Artifact:
@@ -423,7 +448,7 @@ def _move_in(stage: Path, target: Path) -> None:
     if is_artifact(target):  # a mount point that is overwritten: from here on it isn't an artifact until the end
         os.rename(target / MANIFEST, replaced)
     if replaced.exists():
-        for name in set(json.loads(replaced.read_bytes())["files"]) - set(read_manifest(stage)["files"]):
+        for name in _named_in(replaced) - set(read_manifest(stage)["files"]):
             (target / name).unlink(missing_ok=True)
         os.unlink(replaced)
     names = [name for name in os.listdir(stage) if name not in (MANIFEST, _NEXT_TO_LAST)]
@@ -433,6 +458,15 @@ def _move_in(stage: Path, target: Path) -> None:
     os.rename(stage / MANIFEST, target / MANIFEST)
     disk.fsync_folder(target)
     os.rmdir(stage)
+
+
+def _named_in(manifest: Path) -> set[str]:
+    """The files that a manifest names; none where it is damaged, as one that --overwrite replaces may be."""
+    try:
+        content = parse_json(manifest.read_bytes())
+        return set(content["files"]) if _is_lorakits(content) else set()
+    except (ValueError, AttributeError, TypeError):
+        return set()
 
 
 def _discard(folder: Path) -> None:
@@ -454,8 +488,8 @@ def _sweep(target: Path) -> None:
     beside = re.compile(rf"\.(stage|trash)-{re.escape(target.name)}-[0-9a-f]{{32}}")
     leftovers = [path for path in target.parent.iterdir() if beside.fullmatch(path.name)]
     for path in leftovers:
-        if path.name.startswith(".trash-") and not target.exists():
-            os.rename(path, target)  # killed between the two renames of a replacement
+        if path.name.startswith(".trash-") and not target.exists() and _was_moving_in(path, path):
+            os.rename(path, target)  # killed between the two renames of a replacement, and not while it was removed
         else:
             _drop(path)
     if target.is_dir():
@@ -466,7 +500,7 @@ def _sweep(target: Path) -> None:
 
 
 def _was_moving_in(stage: Path, target: Path) -> bool:
-    """Whether `stage` was complete, so that each of its files is there or in `target` with its size."""
+    """Whether `stage` was complete: each file that its manifest names is in it, or in `target`, with its size."""
     try:
         files = read_manifest(stage)["files"]
         places = {name: stage / name if (stage / name).exists() else target / name for name in files}

@@ -24,8 +24,9 @@ from safetensors.numpy import save
 
 from lorakit.core import artifacts
 from lorakit.core.artifacts import Artifact
-from lorakit.core.errors import ArtifactDamaged, Mismatch
+from lorakit.core.errors import ArtifactDamaged, InputRefused, Mismatch, UsageError
 from lorakit.core.tokenization import Document
+from lorakit.core.weights import read_header
 
 TRAINING, VALIDATION = "blocks", "validation"
 TEMPLATE = "template.jinja"
@@ -33,6 +34,7 @@ TEMPLATE = "template.jinja"
 
 _SHARD_BYTES = 64 * 2**20
 BYTES_PER_TOKEN = 4 + 1 + 2
+_DTYPES = {"tokens": "U32", "trained": "U8", "document": "U16"}
 
 
 @dataclass(frozen=True)
@@ -105,9 +107,20 @@ class Blocks:
 
     def __init__(self, folders: Path | Sequence[Path], part: str = TRAINING) -> None:
         """Raises InputRefused where a folder is no blocks folder, ArtifactDamaged where one isn't whole, Mismatch where
-        they are of different sizes or tokenizers."""
+        they are of different sizes or tokenizers, UsageError where one is named twice."""
         folders = [folders] if isinstance(folders, Path) else list(folders)
         self.artifacts = [artifacts.open_artifact(folder, "blocks") for folder in folders]
+        for number, artifact in enumerate(self.artifacts):
+            if any(artifact.path.samefile(other.path) for other in self.artifacts[:number]):
+                raise UsageError(
+                    f"--blocks: found {artifact.path} twice, need each folder once",
+                    "leave one out; --epochs says how often blocks are trained on",
+                )
+            if type(artifact.config.get("block_size")) is not int or "tokenizer" not in artifact.parents:
+                raise InputRefused(
+                    f"{artifact.path}: found blocks without their size or tokenizer, need those of lorakit's",
+                    "don't use this folder: someone made its manifest by hand",
+                )
         self.size = int(self._common("block size", lambda artifact: artifact.config["block_size"]))
         self.tokenizer = str(self._common("tokenizer", lambda artifact: artifact.parents["tokenizer"]))
         self.template = self._common("template", _template)
@@ -131,15 +144,16 @@ class Blocks:
 
     def _add_shard(self, path: Path) -> None:
         hint = "run `lorakit prepare` again"
+        places = read_header(path)
+        rows = places["tokens"].rows if "tokens" in places else 0
+        found = {key: (place.dtype, *place.shape) for key, place in places.items()}
+        if found != {key: (dtype, rows, self.size) for key, dtype in _DTYPES.items()}:
+            raise ArtifactDamaged(f"{path}: found {found}, need {', '.join(_DTYPES)} of [blocks, {self.size}]", hint)
         try:
             shard = safe_open(path, framework="numpy")
-            shapes = {key: shard.get_slice(key).get_shape() for key in ("tokens", "trained", "document")}
         except (SafetensorError, OSError) as error:
             raise ArtifactDamaged(f"{path}: found {error}, need blocks", hint) from None
-        rows = shapes["tokens"][0]
-        if set(map(tuple, shapes.values())) != {(rows, self.size)}:
-            raise ArtifactDamaged(f"{path}: found shapes {shapes}, need [blocks, {self.size}]", hint)
-        self._shards.append({key: shard.get_slice(key) for key in shapes})
+        self._shards.append({key: shard.get_slice(key) for key in places})
         self._firsts.append(self._firsts[-1] + rows)
 
     def __len__(self) -> int:

@@ -151,9 +151,12 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and its parents. Raises DiskFailed."""
+    """Make a folder and its parents, their names durable: with them what is inside would be lost. Raises DiskFailed."""
     try:
+        missing = [folder for folder in (path, *path.parents) if not folder.exists()]
         path.mkdir(parents=True, exist_ok=True)
+        for folder in missing:
+            fsync_folder(folder.parent)
     except OSError as error:
         raise disk_failed(error, path) from error
 
@@ -165,6 +168,11 @@ def held(path: Path, on_wait: Callable[[str], None] | None = None) -> Iterator[N
     while True:
         try:
             descriptor = _locked(path)
+            try:
+                owned = None if _keeps_out(path) else _owned(path)
+            except BaseException:
+                os.close(descriptor)
+                raise
             break
         except OSError as error:
             raise disk_failed(error, path) from error
@@ -176,13 +184,15 @@ def held(path: Path, on_wait: Callable[[str], None] | None = None) -> Iterator[N
     try:
         try:
             os.ftruncate(descriptor, 0)
-            write_all(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
+            write_all(descriptor, json.dumps(_process()).encode())
         except OSError as error:
             raise disk_failed(error, path) from error
         yield
     finally:
-        with contextlib.suppress(OSError):
-            os.unlink(path)
+        for file in (owned, path):
+            if file is not None:
+                with contextlib.suppress(OSError):
+                    os.unlink(file)
         os.close(descriptor)
 
 
@@ -195,10 +205,7 @@ def _locked(path: Path) -> int:
         except BlockingIOError:
             holder = os.read(descriptor, 4096).decode(errors="replace") or "another process"
             os.close(descriptor)
-            raise Busy(
-                f"{path}: found the output held by {holder}, need it free",
-                "wait for that process, or choose another --output",
-            ) from None
+            raise _busy(path, holder) from None
         except OSError:
             os.close(descriptor)
             raise
@@ -208,6 +215,78 @@ def _locked(path: Path) -> int:
         except FileNotFoundError:
             pass
         os.close(descriptor)
+
+
+def _process() -> dict[str, Any]:
+    return {"pid": os.getpid(), "host": socket.gethostname()}
+
+
+def _busy(path: Path, holder: str) -> Busy:
+    return Busy(
+        f"{path}: found the output held by {holder}, need it free", "wait for that process, or choose another --output"
+    )
+
+
+def _keeps_out(path: Path) -> bool:
+    """Whether a lock that is held keeps a second one out: some network disks grant every one. Raises OSError."""
+    try:
+        second = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False  # its last owner unlinked it, whom no lock kept apart
+    try:
+        fcntl.flock(second, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return False
+    except OSError:
+        return True
+    finally:
+        os.close(second)
+
+
+def _owned(path: Path) -> Path | None:
+    """A file that only one process can make, for where locks keep nobody out; it names its owner, so that a dead one's
+    can be taken. None where the disk can't do that either. Raises Busy, OSError."""
+    token = uuid.uuid4().hex
+    owner, mine = (path.with_name(f".{path.name.strip('.')}.{name}.lock") for name in ("owner", token))
+    write_new(mine, json.dumps({**_process(), "token": token}).encode())
+    try:
+        while True:
+            try:
+                os.link(mine, owner)
+                return owner
+            except FileExistsError:
+                pass
+            except OSError:
+                return None
+            try:
+                found = json.loads(owner.read_bytes())
+            except FileNotFoundError:
+                continue
+            if not _is_dead(found):
+                raise _busy(owner, json.dumps(found))
+            heir = path.with_name(f".{path.name.strip('.')}.{found['token']}.lock")
+            try:
+                os.link(mine, heir)  # one heir at a time
+            except FileExistsError:
+                raise _busy(heir, "another process that takes over") from None
+            if owner.exists() and json.loads(owner.read_bytes()) == found:
+                os.rename(heir, owner)
+                return owner
+            os.unlink(heir)
+    finally:
+        os.unlink(mine)
+
+
+def _is_dead(process: dict[str, Any]) -> bool:
+    """Whether a process of this machine has ended; nobody knows that of another machine's."""
+    if process["host"] != socket.gethostname():
+        return False
+    try:
+        os.kill(process["pid"], 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        pass
+    return False
 
 
 def require_free_bytes(target: Path, needed_bytes: int) -> None:
@@ -228,7 +307,10 @@ class AppendedFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
+            is_new = not path.exists()
             self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+            if is_new:
+                fsync_folder(path.parent)  # else a power loss takes its name, and with it the lines that were synced
         except OSError as error:
             raise disk_failed(error, path) from error
 

@@ -32,7 +32,7 @@ from lorakit.core.memory import (
     Workload,
 )
 from lorakit.core.shapes import Shape
-from lorakit.core.weights import read_json_object
+from lorakit.core.untrusted import read_json_object
 
 Device = int | Literal["cpu"]
 """What `from_pretrained(device_map=…)` calls a device: a GPU's number, or "cpu"."""

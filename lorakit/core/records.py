@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+from lorakit.core import untrusted
 from lorakit.core.errors import InputRefused
 from lorakit.core.templates import Marked, Template, TemplateRefused
 
@@ -84,15 +85,14 @@ class _Frame(NamedTuple):
 def parse_json(raw: bytes, place: str) -> Any:
     """Strict JSON. Raises InputRefused: not UTF-8, a key twice, NaN, nesting too deep, half a surrogate pair."""
     try:
-        value = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_unique, parse_constant=_no_constant)
+        value = untrusted.parse_json(raw)
     except UnicodeDecodeError as error:
         found = f"byte 0x{error.object[error.start]:02x} that isn't UTF-8"
         raise InputRefused(f"{place}: found {found}, need UTF-8", _JSON_LINE) from None
     except json.JSONDecodeError as error:
         raise InputRefused(f"{place}: found {_short(raw)} ({error.msg}), need a JSON object", _JSON_LINE) from None
-    except (ValueError, RecursionError) as error:
-        reason = "nesting too deep" if isinstance(error, RecursionError) else str(error)
-        raise InputRefused(f"{place}: found {reason}, need a JSON object", _JSON_LINE) from None
+    except ValueError as error:
+        raise InputRefused(f"{place}: found {error}, need a JSON object", _JSON_LINE) from None
     if _MAYBE_SURROGATE.search(raw) and _LONE_SURROGATE.search(json.dumps(value, ensure_ascii=False)):
         found = "half of a surrogate pair (\\ud800 … \\udfff)"
         raise InputRefused(f"{place}: found {found}, need whole characters", _JSON_LINE)
@@ -107,17 +107,6 @@ def parse_row(raw: bytes | Mapping[str, Any], place: str) -> Row:
     if not isinstance(columns, dict):
         raise InputRefused(f"{place}: found {_short(raw)}, need a JSON object", _JSON_LINE)
     return Row(columns, place)
-
-
-def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        raise ValueError("a key twice")
-    return row
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name}, which JSON doesn't have")
 
 
 def _short(value: object) -> str:

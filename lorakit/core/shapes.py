@@ -15,7 +15,7 @@ from typing import Any, Literal
 from lorakit.core.config import is_pattern
 from lorakit.core.errors import InputRefused
 from lorakit.core.hub import config_folder
-from lorakit.core.weights import read_json_object
+from lorakit.core.untrusted import read_json_object
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """The model types whose modules are known here; others are laid out by transformers itself."""

@@ -8,6 +8,7 @@ Nothing of a row is looked at here but where it begins and ends; no code that co
 import glob
 import os
 import re
+import reprlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from lorakit.core.errors import InputRefused, disk_failed, first_line
 from lorakit.core.events import Notice, Report
 from lorakit.core.hub import DATA_KINDS, PACKINGS, dataset_snapshot
 from lorakit.core.readers import Chunk, File, kind_of, read_chunks, size_bytes_of
+from lorakit.core.untrusted import TakesTooLong, bounded
 
 _KNOWN = f"{', '.join(DATA_KINDS)}, also with {' or '.join(PACKINGS)} behind"
 _LEFT_OUT = re.compile(r"readme\..*|licen[sc]e(\..*)?|dataset_(info|infos|dict)\.json|state\.json", re.IGNORECASE)
@@ -30,6 +32,8 @@ _SPLIT_WORDS = {
 }
 _CONVERTED = re.compile(r"([^/]+)/(?:partial-)?([^/]+)/[0-9]{4}\.parquet")
 _CONVERTED_REVISION = "refs/convert/parquet"
+_MAX_README_BYTES = 2**20
+_CPU_SECONDS = 10.0  # for what someone wrote into it
 
 
 @dataclass(frozen=True)
@@ -410,7 +414,8 @@ def _subsets(
 def _readme_configs(folder: Path, where: str) -> Mapping[str, Mapping[str, Any]]:
     """`configs` of the README's front matter by name, in its order; empty where it has none."""
     try:
-        text = (folder / "README.md").read_text(encoding="utf-8", errors="replace").removeprefix("\ufeff")
+        with (folder / "README.md").open("rb") as file:
+            text = file.read(_MAX_README_BYTES).decode(errors="replace").removeprefix("\ufeff")
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except OSError as error:
@@ -420,8 +425,9 @@ def _readme_configs(folder: Path, where: str) -> Mapping[str, Mapping[str, Any]]
         return {}
     hint = "correct it, or name the data files themselves"
     try:
-        content = yaml.safe_load(front[1])
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        with bounded(_CPU_SECONDS):
+            content = yaml.safe_load(front[1])
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError, TakesTooLong) as error:
         raise InputRefused(
             f"{where}: found front matter that isn't YAML ({first_line(error)}), need YAML", hint
         ) from None
@@ -451,7 +457,15 @@ def _config_splits(config: Mapping[str, Any], folder: Path, name: str, paths: Se
             _refuse_leaving(pattern, where, folder)
             matches = _pattern(prefix + pattern.removeprefix("./"), where).fullmatch
             known = splits.setdefault(split, {})
-            known.update((path, None) for path in paths if matches(path))
+            try:
+                with bounded(_CPU_SECONDS):
+                    known.update((path, None) for path in paths if matches(path))
+            except TakesTooLong:
+                raise InputRefused(
+                    f"{where}: found the pattern {pattern[:60]!r}, which takes over {_CPU_SECONDS:.0f} s to match; "
+                    "need a simple one",
+                    "name the data files themselves",
+                ) from None
     return {split: list(known) for split, known in splits.items()}
 
 
@@ -461,7 +475,7 @@ def _split_entry(entry: Any, where: str) -> tuple[str, Any]:
     listed = patterns if isinstance(patterns, list) else [patterns]
     if not isinstance(entry, dict) or not listed or not all(isinstance(pattern, str) for pattern in listed):
         raise InputRefused(
-            f"{where}: found data_files of {str(entry)[:60]!r}, need paths, or split and path of each",
+            f"{where}: found data_files of {reprlib.repr(entry)!r}, need paths, or split and path of each",
             "correct it, or name the data files themselves",
         )
     return str(entry.get("split", "train")), patterns

@@ -3,7 +3,7 @@
 The environment is that of transformers' chat templates (docs: "Chat templates", "Writing a chat template"), with two
 differences. Whatever `{% generation %}` encloses is found again in the text. And `strftime_now` knows one date only, so
 that the same rows give the same bytes on every day.
-A template can't reach files, modules or attributes of Python's own; that it ends in time can't be enforced here.
+A template can't reach files, modules or attributes of Python's own, and has bounds of time and memory.
 """
 
 import datetime
@@ -17,11 +17,20 @@ from typing import Any, NamedTuple
 from jinja2 import TemplateError, TemplateSyntaxError, meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
+from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
+from lorakit.core.untrusted import TakesTooLong, bounded
+
 MAX_SOURCE_BYTES = 64 * 2**10
 MAX_TEXT_CHARACTERS = 16 * 2**20
+
+_CPU_SECONDS = 5.0  # of one text: a conversation of 16 MiB takes two
+_MORE_BYTES = 2**30
+_MAX_IN_POWER = 1000
+
+_OUT_OF_BOUNDS = f"over {_CPU_SECONDS:.0f} s of CPU time or {_MORE_BYTES / 2**30:.0f} GiB of memory for one text"
 
 _FOLDER = importlib.resources.files("lorakit.data") / "templates"
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"  # noncharacters: Unicode keeps them for such inner use
@@ -48,9 +57,12 @@ class Template:
         if len(source.encode()) > MAX_SOURCE_BYTES:
             raise TemplateRefused(f"{len(source.encode())} bytes, where {MAX_SOURCE_BYTES} is the most")
         try:
-            self._compiled = _ENVIRONMENT.from_string(source)
-        except (TemplateError, RecursionError) as error:
+            with bounded(_CPU_SECONDS, _MORE_BYTES):
+                self._compiled = _ENVIRONMENT.from_string(source)
+        except (TemplateError, RecursionError, ValueError, ArithmeticError, SyntaxError) as error:
             raise TemplateRefused(_reason(error)) from None
+        except (TakesTooLong, MemoryError):
+            raise TemplateRefused(_OUT_OF_BOUNDS) from None
         self.marks = re.search(r"{%-?\+?\s*generation\b", source) is not None
         """Whether it says itself what is trained."""
 
@@ -74,8 +86,13 @@ class Template:
 
     def _rendered(self, values: Mapping[str, Any]) -> Marked:
         try:
-            text = self._compiled.render(self._variables, **values)
-        except (TemplateError, TypeError, ValueError, KeyError, ArithmeticError, RecursionError) as error:
+            with bounded(_CPU_SECONDS, _MORE_BYTES):
+                text = self._compiled.render(self._variables, **values)
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+            raise TemplateRefused(_reason(error)) from None
+        except (TakesTooLong, MemoryError):
+            raise TemplateRefused(_OUT_OF_BOUNDS) from None
+        except RecursionError as error:
             raise TemplateRefused(_reason(error)) from None
         if len(text) > MAX_TEXT_CHARACTERS:
             raise TemplateRefused(f"a text of {len(text)} characters, where {MAX_TEXT_CHARACTERS} is the most")
@@ -153,9 +170,18 @@ def _raise_exception(message: str) -> None:
     raise TemplateError(message)
 
 
-_ENVIRONMENT = ImmutableSandboxedEnvironment(
-    trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-)
+class _Environment(ImmutableSandboxedEnvironment):
+    """The sandbox, where a power is no way to keep Python busy inside of one instruction, which nothing interrupts."""
+
+    intercepted_binops = frozenset(["**"])
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        if any(abs(side) > _MAX_IN_POWER for side in (left, right)):
+            raise TemplateError(f"a power of numbers over {_MAX_IN_POWER}")
+        return super().call_binop(context, operator, left, right)
+
+
+_ENVIRONMENT = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
 _ENVIRONMENT.filters["tojson"] = _tojson
 _ENVIRONMENT.globals |= {
     "raise_exception": _raise_exception,

@@ -95,7 +95,7 @@ def load_tokenizer(folder: Path, add_tokens: Sequence[str] = ()) -> "PreTrainedT
 
     try:
         with quiet_libraries():
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
         raise InputRefused(
             f"{folder}: found no tokenizer that transformers can load ({first_line(error)}), need one",

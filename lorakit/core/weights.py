@@ -15,13 +15,19 @@ from typing import Any
 
 from lorakit.core import artifacts, disk
 from lorakit.core.errors import ArtifactDamaged, InputRefused, disk_failed
+from lorakit.core.untrusted import parse_json, read_json_object
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 _ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+_ITEM_BYTES |= {"U64": 8, "U32": 4, "U16": 2}
 _SHARD_NAME = re.compile(r"[\w.-]+\.safetensors")
 _MAX_HEADER_BYTES = 100 * 10**6  # the limit of the safetensors library
+_MAX_INDEX_BYTES = 64 * 2**20
+_MAX_SIZE = 2**40  # of a dimension, also of a tensor that holds nothing
+_ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+"""What a config may ask for; another name is one of a kernel on the Hub, which is code."""
 _COMPARED_BYTES = 2**20  # at a time
 _THREADS = 8  # files hashed at once: more than cores, so that a last one is not alone
 
@@ -114,6 +120,7 @@ def open_weights(folder: Path) -> Weights:
     """
     refuse_gguf(folder)
     config = read_json_object(folder / "config.json", "a model folder has a config.json")
+    _refuse_code(folder, config)
     architectures = config.get("architectures") or []
     if not isinstance(architectures, list):
         architectures = [architectures]
@@ -131,7 +138,7 @@ def open_weights(folder: Path) -> Weights:
             "can't be taken back",
         )
     if (folder / INDEX).is_file():
-        weight_map = read_json_object(folder / INDEX, "").get("weight_map")
+        weight_map = read_json_object(folder / INDEX, "", _MAX_INDEX_BYTES).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ArtifactDamaged(f"{folder / INDEX}: found no weight_map, need one", "download the model again")
         for shard in weight_map.values():
@@ -161,6 +168,19 @@ def open_weights(folder: Path) -> Weights:
             "download the model again",
         )
     return Weights(folder, config, tensors)
+
+
+def _refuse_code(folder: Path, config: Mapping[str, Any]) -> None:
+    """Raises InputRefused where a config asks for code of its own. `auto_map` alone does not: it isn't followed."""
+    asked = {key: value for key, value in config.items() if key.lstrip("_").startswith("attn_implementation")}
+    found = [key for key, value in asked.items() if not (value is None or type(value) is bool or value in _ATTENTION)]
+    found += ["trust_remote_code"] if config.get("trust_remote_code") else []
+    if found:
+        raise InputRefused(
+            f"{folder / 'config.json'}: found {found[0]} = {str(config[found[0]])[:60]!r}, "
+            f"need a plain config (attention: {', '.join(_ATTENTION)})",
+            "don't use this model: it asks for code to be run",
+        )
 
 
 def refuse_gguf(folder: Path) -> None:
@@ -205,14 +225,19 @@ def read_header(path: Path) -> dict[str, TensorPlace]:
             header_bytes = int.from_bytes(file.read(8), "little")
             if not 2 <= header_bytes <= _MAX_HEADER_BYTES:
                 raise ValueError(f"a header of {header_bytes} bytes")
-            header = json.loads(file.read(header_bytes))
+            header = parse_json(file.read(header_bytes))
         at = 8 + header_bytes
+        metadata = header.get("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError(f"__metadata__ that isn't texts by name ({str(metadata)[:60]})")
         entries = [(name, entry) for name, entry in header.items() if name != "__metadata__"]
         for name, entry in sorted(entries, key=lambda item: item[1]["data_offsets"]):
             dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-            if not all(type(size) is int and size >= 0 for size in shape):
+            if not all(type(size) is int and 0 <= size <= _MAX_SIZE for size in shape):
                 raise ValueError(f"the tensor {name} with the shape {shape}")
             size_bytes = math.prod(shape) * _ITEM_BYTES[dtype]
+            if type(start) is not int or type(end) is not int:
+                raise ValueError(f"the tensor {name} at {start!r}-{end!r}")
             if start + 8 + header_bytes != at or end - start != size_bytes:
                 raise ValueError(f"the tensor {name} at bytes {start}-{end}")
             places[name] = TensorPlace(path.name, dtype, shape, at, at + size_bytes)
@@ -232,23 +257,6 @@ def read_header(path: Path) -> dict[str, TensorPlace]:
     if problem:
         raise ArtifactDamaged(f"{path}: found {problem}, need a whole safetensors file", "download or copy it again")
     return places
-
-
-def read_json_object(path: Path, hint: str) -> dict[str, Any]:
-    """The JSON object in `path`. Raises InputRefused, DiskFailed."""
-    try:
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise InputRefused(f"{path.parent}: found no {path.name}, need one", hint or "check the path") from None
-    except IsADirectoryError:
-        raise InputRefused(f"{path}: found a folder, need a JSON file", hint or "restore the file") from None
-    except OSError as error:
-        raise disk_failed(error, path) from error
-    except (ValueError, RecursionError) as error:
-        raise InputRefused(f"{path}: found {error}, need JSON", hint or "restore the file") from None
-    if not isinstance(content, dict):
-        raise InputRefused(f"{path}: found {type(content).__name__}, need a JSON object", hint or "restore the file")
-    return content
 
 
 def _content_sha256(path: Path) -> str:

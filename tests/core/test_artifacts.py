@@ -448,6 +448,24 @@ def test_a_file_that_isnt_the_artifacts_or_was_changed_isnt_replaced(tmp_path: P
         artifacts.amend(tmp_path / "a", "notes.txt", b"new")
 
 
+@pytest.mark.parametrize("is_unfinished", [True, False], ids=["an unfinished run", "an artifact"])
+@pytest.mark.parametrize("killed_at", range(1, 9))
+def test_what_was_killed_while_it_was_removed_isnt_given_back(
+    killed_at: int, is_unfinished: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The half of it would lie there as files that nobody knows."""
+    target = tmp_path / "a"
+    commit(target)
+    if is_unfinished:
+        os.unlink(target / "lorakit.json")
+    whole = content(target)
+    with killed_at_call(killed_at, monkeypatch):
+        artifacts.remove(target)
+    with artifacts.lock(target):
+        assert content(target) in ({}, whole)
+        assert os.listdir(tmp_path) in (["a", ".a.lock"], [".a.lock", "a"], [".a.lock"])
+
+
 # Unfinished again
 
 

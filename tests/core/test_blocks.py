@@ -10,7 +10,7 @@ from safetensors.numpy import save
 from lorakit.core import artifacts, blocks
 from lorakit.core.blocks import TEMPLATE, VALIDATION, Batch, Blocks, ShardMaker
 from lorakit.core.config import PrepareConfig
-from lorakit.core.errors import ArtifactDamaged, InputRefused, Mismatch
+from lorakit.core.errors import ArtifactDamaged, InputRefused, Mismatch, UsageError
 from lorakit.core.tokenization import Document
 
 CONFIG = PrepareConfig.resolve((None, {"dataset": "rows.jsonl", "tokenizer": "any", "block_size": 8}))
@@ -137,3 +137,11 @@ def test_a_batch_knows_where_its_documents_end() -> None:
     assert batch.ends.tolist() == [0, 3, 5, 6, 12]
     assert batch.ends.dtype == np.int32
     assert batch.longest == 6
+
+
+def test_a_folder_that_is_named_twice_is_refused(tmp_path: Path) -> None:
+    folder = made(tmp_path / "blocks", 2)
+    (tmp_path / "link").symlink_to(folder)
+    for again in (folder, tmp_path / "link"):
+        with pytest.raises(UsageError, match="twice"):
+            Blocks([folder, again])

@@ -2,9 +2,11 @@
 
 import errno
 import hashlib
+import json
 import os
 import random
 import resource
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from lorakit.core import disk
-from lorakit.core.errors import DiskFailed
+from lorakit.core.errors import Busy, DiskFailed
 
 
 def test_a_call_that_takes_little_is_called_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,3 +152,73 @@ def test_a_full_disk_while_the_kernel_copies_is_not_taken_for_one_that_cant(
     monkeypatch.setattr(os, "copy_file_range", full)
     with pytest.raises(OSError, match="No space left"):
         disk.write_new(tmp_path / "new", [disk.FileRange(source_of(tmp_path, 10_000), 0, 10_000)])
+
+
+# Where locks do nothing
+
+
+@pytest.fixture
+def no_locks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system that grants every lock."""
+    monkeypatch.setattr(disk.fcntl, "flock", lambda *_: None)
+
+
+def _owner_of(path: Path, **changed: object) -> Path:
+    """What a process leaves that was killed while it held `path`, without locks."""
+    owner = path.with_name(f".{path.name.strip('.')}.owner.lock")
+    owner.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "token": "0" * 32, **changed}))
+    return owner
+
+
+def _ended() -> int:
+    """The pid of a process that is no more."""
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return process.pid
+
+
+@pytest.mark.usefixtures("no_locks")
+def test_where_locks_do_nothing_a_file_keeps_others_out(tmp_path: Path) -> None:
+    path = tmp_path / ".out.lock"
+    with disk.held(path):
+        for _ in range(3):
+            with pytest.raises(Busy) as caught, disk.held(path):
+                pass
+            assert str(os.getpid()) in caught.value.message
+    assert os.listdir(tmp_path) == []
+    with disk.held(path):
+        pass
+
+
+@pytest.mark.usefixtures("no_locks")
+def test_where_locks_do_nothing_a_dead_owner_is_followed_and_a_far_one_is_not(tmp_path: Path) -> None:
+    path = tmp_path / ".out.lock"
+    _owner_of(path, pid=_ended())
+    with disk.held(path), pytest.raises(Busy), disk.held(path):
+        pass
+    assert os.listdir(tmp_path) == []
+    for changed in ({}, {"host": "another", "pid": _ended()}):
+        _owner_of(path, **changed)
+        with pytest.raises(Busy, match="owner"), disk.held(path):
+            pass
+
+
+def test_where_locks_work_there_is_no_other_file(tmp_path: Path) -> None:
+    with disk.held(tmp_path / ".out.lock"):
+        assert os.listdir(tmp_path) == [".out.lock"]
+
+
+def test_the_name_of_a_growing_file_is_fsynced_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[Path] = []
+    monkeypatch.setattr(disk, "fsync_folder", synced.append)
+    for _ in range(2):
+        disk.AppendedFile(tmp_path / "metrics.jsonl").close()
+    assert synced == [tmp_path]
+
+
+def test_names_of_new_folders_are_fsynced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[Path] = []
+    monkeypatch.setattr(disk, "fsync_folder", synced.append)
+    disk.make_folder(tmp_path / "a" / "b")
+    disk.make_folder(tmp_path / "a" / "b")
+    assert set(synced) == {tmp_path, tmp_path / "a"}

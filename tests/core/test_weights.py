@@ -15,7 +15,8 @@ from safetensors.numpy import load_file, save
 
 from lorakit.core import weights
 from lorakit.core.errors import ArtifactDamaged, DiskFailed, InputRefused
-from lorakit.core.weights import open_weights, read_header, read_json_object
+from lorakit.core.untrusted import read_json_object
+from lorakit.core.weights import open_weights, read_header
 from tests.conftest import make_llama
 
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "I64": np.int64, "I32": np.int32, "I16": np.int16}

@@ -1,25 +1,18 @@
 """A command struck at each of its mutating calls, then run again: nothing half may look whole, nothing may be lost.
 
-    gcc -shared -fPIC -O2 -o shim.so tests/faults/shim.c
-    LD_PRELOAD=$PWD/shim.so python -m tests.faults.loop prepare train merge --mode kill torn enospc eio full
-
-A fork server: torch and lorakit are imported once, and every run is a forked child with the shim armed on the folder
-around its output. A trial is one fault, for a third of them a second kill while recovering, and the same command again.
-What must hold after every run:
+A fork server: torch and lorakit are imported once, and every run is a forked child with the preloaded shim armed on the
+folder around its output. A trial is one fault, for a third of them a second kill while recovering, and the same command
+again. What must hold after every run:
 
     whole or not there    a folder with lorakit.json opens, and its bytes are those of the undisturbed run (or the old
                           ones that it overwrites); so does every checkpoint
     nothing is lost       until the new artifact is whole, the old one is, or lies where the next run puts it back
     the failure is named  a failing disk is exit code 7 and one `error:` line, or the command did without that call
     the way back          the same command again: exit code 0, the bytes of the undisturbed run, nothing left over
-
-`--without` takes a protection away, to show that the loop finds what it looks for.
 """
 
-import argparse
 import ctypes
 import errno
-import gc
 import json
 import os
 import random
@@ -27,22 +20,19 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
-import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from lorakit.core import artifacts, disk
 from lorakit.core.errors import ExitCode, LorakitError
 from tests.conftest import ROWS, make_llama
+from tests.faults.server import forked, spread
+from tests.faults.tally import Tally
 
 KILL, TORN, ONCE, FROM = 1, 2, 3, 4  # enum mode of shim.c
 MODES = {
@@ -64,19 +54,8 @@ that one on a mount point, or that one with what a killed `--overwrite` of yet o
 
 KINDS = {"prepare": "blocks", "train": "adapter", "merge": "merged model"}
 
-ENVIRONMENT = {
-    "HF_HUB_OFFLINE": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "OMP_NUM_THREADS": "1",
-    "OPENBLAS_NUM_THREADS": "1",
-    "COLUMNS": "120",
-}
-"""No network, and no thread but the first: only that one lives on in a forked child."""
-
 _LEFTOVER = re.compile(r"\.(stage|trash)-.*|\..*\.lock")
 _SHARE_KILLED_TWICE = 1 / 3
-_SECONDS_UNTIL_HUNG = 100
-_SHARD_BYTES = 4096  # so that these few blocks fill several shards
 
 
 class Shim:
@@ -156,29 +135,6 @@ class Ran:
     code: int
     printed: str
     calls: int
-
-
-def forked(body: Callable[[], int], log: Path) -> int:
-    """The exit code of `body` in a child of this process; what it prints goes to `log`."""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-            os.dup2(descriptor, 1)
-            os.dup2(descriptor, 2)
-            signal.alarm(_SECONDS_UNTIL_HUNG)
-            import torch
-
-            torch.set_num_threads(1)
-            code = body()
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 @dataclass(frozen=True)
@@ -416,74 +372,56 @@ def make_inputs(work: Path) -> None:
         raise RuntimeError(log.read_text())
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the trials asked for; a line for each command, variant and mode. Returns 1 where a trial was bad."""
-    parser = argparse.ArgumentParser(prog="python -m tests.faults.loop")
-    parser.add_argument("commands", nargs="+", choices=VARIANTS)
-    parser.add_argument("--mode", nargs="+", choices=MODES, default=list(MODES))
-    parser.add_argument("--variant", nargs="+", help="left out: all of the command")
-    parser.add_argument(
-        "--every", type=int, default=1, help="strike at every k-th call only, from another one in each line"
-    )
-    parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--without", choices=PROTECTIONS, help="take this protection away: the loop must find it")
-    asked = parser.parse_args(arguments)
-    os.environ.update(ENVIRONMENT)
-    with tempfile.TemporaryDirectory(prefix="lorakit-faults-") as folder:
-        work = Path(folder).resolve()
-        os.environ |= {"LORAKIT_CACHE": str(work / "cache"), "HF_HOME": str(work / "hf"), "TMPDIR": str(work / "tmp")}
-        (work / "tmp").mkdir()
-        tempfile.tempdir = None
-        import_all()
-        make_inputs(work)
-        total_bad = 0
-        with ProcessPoolExecutor(asked.jobs, mp_context=get_context("fork")) as pool:
-            for command in asked.commands:
-                for variant in VARIANTS[command]:
-                    if asked.variant and variant not in asked.variant:
-                        continue
-                    if variant == "mount" and os.geteuid() != 0:
-                        say(f"{command} {variant}: left out, needs root")
-                        continue
-                    reference = undisturbed(Case(work, command, variant))
-                    for mode in asked.mode:
-                        started = time.monotonic()
-                        case, calls = Case(work, command, variant, asked.without), reference.calls[mode]
-                        faults = [Fault(call, mode) for call in range(1, calls + 1, asked.every)]
-                        results = list(pool.map(partial(trial, case, reference), faults))
-                        bad = sum(map(bool, results))
-                        total_bad += bad
-                        seconds = time.monotonic() - started
-                        say(
-                            f"{command} {variant} {mode}: {calls} calls, {len(faults)} trials, "
-                            f"{seconds:.1f} s, {bad} bad"
-                        )
-                        for fault, problems in zip(faults, results, strict=True):
-                            if problems:
-                                say(f"  call {fault.call}: " + "; ".join(problems))
-    return int(total_bad > 0)
+def strike(
+    work: Path,
+    modes: Sequence[str],
+    every: Mapping[str, int],
+    jobs: int,
+    variants: Sequence[str] | None = None,
+    without: str | None = None,
+) -> Tally:
+    """Strike each command of `every` at every so manieth of its calls. A trial that was bad is a failure."""
+    tally = Tally()
+    for command, step in every.items():
+        for variant in VARIANTS[command]:
+            if (variants and variant not in variants) or (variant == "mount" and os.geteuid() != 0):
+                continue
+            reference = undisturbed(Case(work, command, variant))
+            case = Case(work, command, variant, without)
+            faults = [
+                Fault(call, mode)
+                for number, mode in enumerate(modes)
+                for call in range(1 + number % step, reference.calls[mode] + 1, step)
+            ]
+            for fault, problems in zip(faults, spread(partial(trial, case, reference), faults, jobs), strict=True):
+                tally.add(f"{command} {variant} {fault.mode} at call {fault.call}", problems)
+    return tally
 
 
-def import_all() -> None:
-    """Everything that the commands import, so that no child has to."""
-    import transformers.models.llama.modeling_llama
-    import transformers.models.llama.tokenization_llama  # noqa: F401
-
-    from lorakit.core import blocks
-
-    blocks._SHARD_BYTES = _SHARD_BYTES
-    with suppress(ImportError, AttributeError):  # a third of a second that every load of a model would spend
-        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-
-        get_checkpoint_conversion_mapping("llama")
-    gc.collect()
-    gc.freeze()
+EVERY: Mapping[bool, Mapping[str, int]] = {
+    True: {"prepare": 1, "train": 4, "merge": 1},
+    False: {"prepare": 1, "train": 8, "merge": 2},
+}
+"""At every which call of a command a kill, or a failing disk, strikes."""
 
 
-def say(line: str) -> None:
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
+def prove(work: Path, *, kills: bool, short: bool, jobs: int, without: str | None = None) -> Tally:
+    """P1 and P6. A protection is taken away where it is known to matter."""
+    modes = ("kill", "torn") if kills else ("enospc", "eio", "full")
+    if without is not None:
+        command, variant, mode = FOUND_BY[without]
+        return strike(work, [mode], {command: 1 if command == "prepare" else 3}, jobs, [variant], without)
+    if short:
+        return strike(work, modes, {"prepare": 9, "train": 45, "merge": 20}, jobs, ["new"])
+    return strike(work, modes, EVERY[kills], jobs)
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+FOUND_BY = {
+    "sweep": ("prepare", "new", "kill"),
+    "manifest-last": ("prepare", "empty", "kill"),
+    "replace-by-rename": ("prepare", "overwrite", "kill"),
+    "whole-stages-only": ("prepare", "empty", "kill"),
+    "write-errors": ("prepare", "new", "enospc"),
+    "remove-by-rename": ("train", "new", "kill"),
+}
+"""Where the loop finds that a protection is missing."""

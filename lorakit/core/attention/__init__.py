@@ -35,6 +35,7 @@ from lorakit.core.errors import EnvironmentUnusable, InputRefused
 from lorakit.core.events import Notice, Report
 from lorakit.core.hub import config_folder
 from lorakit.core.model import load_config, pick_device, pick_dtype
+from lorakit.core.untrusted import MAX_SETTINGS_BYTES, parse_json, read_small
 
 CHOICES = "attention.json"
 BACKUP = "config.json.before-patch-attention"
@@ -344,12 +345,10 @@ def _put(path: Path, content: bytes) -> None:
 
 def _read_config(path: Path) -> bytes:
     try:
-        content = path.read_bytes()
-        if isinstance(json.loads(content), dict):
+        content = read_small(path, MAX_SETTINGS_BYTES, "give a local model folder")
+        if isinstance(parse_json(content), dict):
             return content
         found = "no JSON object"
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-        found = "no such file"
     except ValueError as error:
         found = str(error)
     raise InputRefused(f"{path}: found {found}, need a model's config", "give a local model folder")

@@ -17,7 +17,8 @@ from lorakit.core import adapters
 from lorakit.core.adapters import Adapter, BiasShift, Change, LoraPair, Replacement, TokenRows
 from lorakit.core.errors import ArtifactDamaged, InputRefused, Mismatch, NonFinite
 from lorakit.core.floats import CONFIG_NAMES, FRACTION_BITS, Scratch, item_bytes, widened
-from lorakit.core.weights import HEAD, INDEX, SINGLE, TensorPlace, Weights, header_bytes, read_json_object
+from lorakit.core.untrusted import read_json_object
+from lorakit.core.weights import HEAD, INDEX, SINGLE, TensorPlace, Weights, header_bytes
 
 CHUNK_ELEMENTS = 2**19
 """Numbers that are computed at once: what memory a merge takes doesn't grow with the model."""

@@ -69,6 +69,7 @@ from lorakit.core.tracking import Tracker, open_tracker, require_tracker
 from lorakit.core.training.checkpoints import CHECKPOINTS, Checkpoints, State, read
 from lorakit.core.training.optimizers import LearningRate, load_states, make_optimizer, pages_nothing, states_of
 from lorakit.core.training.schedule import Schedule, seed_of
+from lorakit.core.untrusted import parse_json
 from lorakit.core.weights import Weights
 
 METRICS = "metrics.jsonl"
@@ -650,7 +651,7 @@ def _read_prompts(path: Path | None) -> list[list[dict[str, str]]]:
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
         if not lines:
             raise ValueError("no line at all")
-        return [_conversation(json.loads(line) if line.lstrip().startswith("{") else line) for line in lines]
+        return [_conversation(parse_json(line.encode()) if line.lstrip().startswith("{") else line) for line in lines]
     except OSError as error:
         raise InputRefused(f"{path}: found {error.strerror}, need a file of prompts", hint) from None
     except (ValueError, KeyError, TypeError) as error:

@@ -286,7 +286,7 @@ def test_what_only_lorakit_knows_is_written_into_no_model(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "words"), [(None, "no such file"), (b"{", "need a model's config"), (b"[]", "no JSON object")]
+    ("content", "words"), [(None, "found no config.json"), (b"{", "need a model's config"), (b"[]", "no JSON object")]
 )
 def test_a_folder_without_a_config_is_refused(content: bytes | None, words: str, tmp_path: Path) -> None:
     if content is not None:

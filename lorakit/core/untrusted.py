@@ -1,0 +1,185 @@
+"""What strangers wrote: JSON read strictly, patterns and templates run within bounds of time and memory.
+
+Hub repositories, adapters, datasets and folders that someone sent are untrusted; the command line, the environment and
+installed packages are not. Nothing here needs torch.
+"""
+
+import contextlib
+import json
+import math
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import yaml
+
+from lorakit.core.errors import InputRefused, disk_failed
+
+if sys.platform != "win32":
+    import resource
+
+MAX_DEPTH = 64
+"""Of JSON: lists and objects inside one another."""
+MAX_SETTINGS_BYTES = 4 * 2**20
+"""Of a file of settings: config.json, adapter_config.json, a plan, lorakit.yaml."""
+
+
+_YAML_SECONDS = 10.0
+
+
+class TakesTooLong(Exception):
+    """More CPU time than what a stranger wrote may take."""
+
+
+def parse_json(raw: bytes) -> Any:
+    """The value in strict JSON (RFC 8259): UTF-8, each key once, finite numbers, nested MAX_DEPTH deep at most.
+
+    Raises UnicodeDecodeError, json.JSONDecodeError, and ValueError with the reason for what else is wrong.
+    """
+    text = raw.decode("utf-8-sig")
+    try:
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
+    except RecursionError:
+        raise ValueError(_TOO_DEEP) from None
+    if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH and _is_too_deep(value):
+        raise ValueError(_TOO_DEEP)
+    return value
+
+
+def read_small(path: Path, max_bytes: int, hint: str) -> bytes:
+    """The bytes of a file that should be small. Raises InputRefused (none, no file, too large), DiskFailed."""
+    try:
+        if path.exists() and not path.is_file():
+            raise InputRefused(f"{path}: found {'a folder' if path.is_dir() else 'no file'}, need a file", hint)
+        with path.open("rb") as file:
+            raw = file.read(max_bytes + 1)
+    except FileNotFoundError:
+        raise InputRefused(f"{path.parent}: found no {path.name}, need one", hint) from None
+    except OSError as error:
+        raise disk_failed(error, path) from error
+    if len(raw) > max_bytes:
+        raise InputRefused(f"{path}: found over {max_bytes / 2**20:g} MiB, need less", hint)
+    return raw
+
+
+def read_json_object(path: Path, hint: str, max_bytes: int = MAX_SETTINGS_BYTES) -> dict[str, Any]:
+    """The JSON object in `path`. Raises InputRefused, DiskFailed."""
+    raw = read_small(path, max_bytes, hint or "check the path")
+    try:
+        content = parse_json(raw)
+    except ValueError as error:
+        raise InputRefused(f"{path}: found {error}, need JSON", hint or "restore the file") from None
+    if not isinstance(content, dict):
+        raise InputRefused(f"{path}: found {type(content).__name__}, need a JSON object", hint or "restore the file")
+    return content
+
+
+def parse_yaml(raw: bytes) -> Any:
+    """The value in YAML's safe subset: UTF-8, each key once, no aliases, which a few lines make gigabytes of.
+
+    Raises ValueError with the reason.
+    """
+    try:
+        with bounded(_YAML_SECONDS):
+            return yaml.load(raw.decode("utf-8-sig"), Loader=_Yaml)
+    except UnicodeDecodeError:
+        raise
+    except (yaml.YAMLError, ValueError, TypeError, OverflowError) as error:  # a date like 2020-13-45, a key as a list
+        raise ValueError(" ".join(str(error).split())) from None
+    except (RecursionError, TakesTooLong):
+        raise ValueError("nesting too deep, or too much of it") from None
+
+
+@contextlib.contextmanager
+def bounded(cpu_seconds: float, more_bytes: int | None = None) -> Iterator[None]:
+    """What runs inside may take so much CPU time, and so much memory on top of what the process has.
+
+    Raises TakesTooLong and MemoryError. Python looks for the end of the time between its own instructions, and its
+    regular expressions do while they match. In threads but the first there is no bound of time, for signals go to that
+    one; outside of Linux there is none of memory.
+    """
+    timed = threading.current_thread() is threading.main_thread() and hasattr(signal, "setitimer")
+    before = _limit_memory(more_bytes) if more_bytes is not None else None
+    handler = signal.signal(signal.SIGVTALRM, _overrun) if timed else None
+    try:
+        if timed:
+            signal.setitimer(signal.ITIMER_VIRTUAL, cpu_seconds, cpu_seconds)  # again, where a library swallows one
+        yield
+    finally:
+        if timed:
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+            signal.signal(signal.SIGVTALRM, handler if handler is not None else signal.SIG_DFL)
+        if before is not None:
+            resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+class _Yaml(yaml.SafeLoader):
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.composer.ComposerError(None, None, "an alias", self.peek_event().start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key in [self.construct_object(key) for key, _ in node.value]:
+            if repr(key) in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} twice", node.start_mark)
+            seen.add(repr(key))
+        return super().construct_mapping(node, deep)
+
+
+_TOO_DEEP = f"nesting too deep, over {MAX_DEPTH}"
+_PAGES = Path("/proc/self/statm")
+
+
+def _overrun(number: int, frame: FrameType | None) -> None:
+    raise TakesTooLong
+
+
+def _limit_memory(more_bytes: int) -> tuple[int, int] | None:
+    """Lower this process's limit of memory; returns the limits before, None where there is nothing to lower."""
+    if not _PAGES.exists():
+        return None
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    wanted = int(_PAGES.read_text().split()[0]) * resource.getpagesize() + more_bytes
+    if before[0] != resource.RLIM_INFINITY and before[0] <= wanted:
+        return None
+    resource.setrlimit(resource.RLIMIT_AS, (wanted, before[1]))
+    return before
+
+
+def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        raise ValueError("a key twice")
+    return content
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name}, which JSON doesn't have")
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if not math.isfinite(number):
+        raise ValueError(f"{digits[:40]}, which no number type holds")
+    return number
+
+
+def _is_too_deep(value: Any) -> bool:
+    level, depth = [value], 0
+    while level:
+        depth += 1
+        if depth > MAX_DEPTH:
+            return True
+        level = [
+            inner
+            for each in level
+            for inner in (each.values() if isinstance(each, dict) else each if isinstance(each, list) else ())
+            if isinstance(inner, dict | list)
+        ]
+    return False
