@@ -7,10 +7,13 @@ from typing import Any
 import torch
 
 from lorakit.core.config import TrainConfig
+from lorakit.core.errors import first_line
 from lorakit.core.fast.layers import speed_up
+from lorakit.core.fast.linear import HOPPER
 from lorakit.core.model import compile_layers, decoder_layers
 from lorakit.core.shapes import FAMILIES
 
+_INT8_THRESHOLD = 6.0  # the option's default
 _LEAST, _FP8 = (8, 0), (8, 9)  # compute capabilities: bf16 tensor cores; those of 8-bit floats
 _OUTSIDE = {"embed_tokens", "lm_head"}
 """Modules outside of the layers, which may be trained whole."""
@@ -30,6 +33,9 @@ def lacking(config: TrainConfig, model: Mapping[str, Any], dtype: torch.dtype, d
         f"--parallel {parallel}": parallel in ("fsdp", "split"),
         "--plan lays layers out over devices": config.devices.plan is not None,
         "--dtype fp16": dtype is torch.float16,
+        f"--int8-threshold is {config.model.int8_threshold:g}, and no outliers are kept apart": (
+            config.model.int8_threshold != _INT8_THRESHOLD
+        ),
     }
     for reason, holds in reasons.items():
         if holds:
@@ -43,6 +49,20 @@ def lacking(config: TrainConfig, model: Mapping[str, Any], dtype: torch.dtype, d
         return f"{torch.cuda.get_device_name(device)} has no 8-bit floats (compute capability 8.9)"
     if importlib.util.find_spec("triton") is None:
         return "triton isn't installed"
+    return _failing(device)
+
+
+def _failing(device: torch.device) -> str | None:
+    """Why the kernels don't run on a GPU, or None: what Triton can't compile there is found before a run, not in it."""
+    try:
+        from lorakit.core.fast import kernels
+
+        codes, scale = kernels.rows_to_fp8(torch.ones(96, 64, device=device, dtype=torch.bfloat16), None)
+        if torch.cuda.get_device_capability(device) == HOPPER:
+            kernels.product(codes[:1], scale[:1], codes, scale.flatten(), None, None, (96,))
+        torch.cuda.synchronize(device)
+    except Exception as error:  # of Triton, its compiler, the driver: each its own
+        return f"its kernels don't run here ({first_line(error)})"
     return None
 
 

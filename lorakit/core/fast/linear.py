@@ -16,6 +16,9 @@ from torch import Tensor
 
 from lorakit.core.fast.storage import FP8, LARGEST, exact, rows_to_codes
 
+HOPPER = (9, 0)
+"""The compute capability whose copy engine and tensor cores `product` is made for."""
+
 
 @torch.library.custom_op("lorakit::frozen_linear", mutates_args=())
 def frozen_linear(
@@ -144,7 +147,7 @@ def _transposed(codes: Tensor) -> Tensor:
 
 def _in_one_kernel(x: Tensor, ends: list[int], rank: int) -> bool:
     """Whether the product and LoRA are one kernel here: on Hopper, whose copy engine it uses, for shapes that fit."""
-    if not x.is_cuda or x.dtype is not torch.bfloat16 or torch.cuda.get_device_capability(x.device) != (9, 0):
+    if not x.is_cuda or x.dtype is not torch.bfloat16 or torch.cuda.get_device_capability(x.device) != HOPPER:
         return False
     from lorakit.core.fast.kernels import fits
 

@@ -145,7 +145,7 @@ class Run:
             world.shard(self.model, decoder_layers(self.model))
         if self.state.engine == "fast":
             make_fast(self.model, config.model.quantize)
-        elif config.batch.torch_compile:
+        if config.batch.torch_compile:
             compile_layers(self.model)
         self.parameters = trained_parameters(self.model, self.names)
         self.scaled, self.autocast = dtype is torch.float16, autocast(self.device, dtype)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lorakit.core.config import TrainConfig
+from lorakit.core.fast import engine
 from lorakit.core.fast.engine import lacking
 
 LLAMA = {"model_type": "llama"}
@@ -25,6 +26,7 @@ REFUSED: list[tuple[dict[str, object], dict[str, Any], torch.dtype, str]] = [
     ({"parallel": "split"}, LLAMA, torch.bfloat16, "--parallel split"),
     ({"plan": "plan.json"}, LLAMA, torch.bfloat16, "--plan"),
     ({}, LLAMA, torch.float16, "--dtype fp16"),
+    ({"quantize": "int8", "int8_threshold": 5.0}, LLAMA, torch.bfloat16, "--int8-threshold is 5"),
 ]
 
 
@@ -53,6 +55,7 @@ def test_what_a_gpu_lacks_is_named(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "A card")
     monkeypatch.setattr("importlib.util.find_spec", lambda _: object())
+    monkeypatch.setattr(engine, "_failing", lambda _: None)
     found = lacking(config(quantize=quantize), LLAMA, torch.bfloat16, torch.device("cuda"))
     assert (found is None) if reason is None else (found is not None and reason in found)
 
@@ -61,3 +64,12 @@ def test_without_triton_there_is_none_on_a_gpu(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     assert lacking(config(), LLAMA, torch.bfloat16, torch.device("cuda")) == "triton isn't installed"
+
+
+def test_kernels_that_fail_are_a_reason_and_no_crash(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here triton isn't even there, which is what fails first."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: object())
+    found = lacking(config(), LLAMA, torch.bfloat16, torch.device("cuda"))
+    assert found is not None
+    assert found.startswith("its kernels don't run here (")
