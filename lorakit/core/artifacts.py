@@ -444,6 +444,7 @@ def _replace(stage: Path, target: Path, trash: Path) -> None:
 
 def _move_in(stage: Path, target: Path) -> None:
     """Move the staged files into an existing folder, `lorakit.json` last; goes on where a killed one stopped."""
+    disk.fsync_folder(target)  # the stage's name before anything leaves it: files without it would be nobody's
     replaced = stage / _REPLACED
     if is_artifact(target):  # a mount point that is overwritten: from here on it isn't an artifact until the end
         os.rename(target / MANIFEST, replaced)
