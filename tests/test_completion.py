@@ -71,7 +71,7 @@ def test_every_option_is_offered_in_one_line_each(shell: str, name: str) -> None
 
 @SHELLS
 def test_choices_are_offered(shell: str) -> None:
-    assert offered(shell, "lorakit train --quantize ") == ["none", "int8", "nf4", "fp4"]
+    assert offered(shell, "lorakit train --quantize ") == ["none", "int8", "nf4", "fp4", "fp8"]
     assert offered(shell, "lorakit train --model m --quantize n") == ["none", "nf4"]
     assert offered(shell, "lorakit train --optimizer paged_l") == ["paged_lion", "paged_lion_8bit"]
     assert offered(shell, "lorakit doctor --only n") == ["nf4", "nccl"]

@@ -125,7 +125,8 @@ def test_inputs_that_cant_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "README.md").mkdir()
     (tmp_path / "rows.jsonl").write_text("{}\n")
     config = TrainConfig.resolve((None, {"model": "m", "blocks": "/b", "accelerate_config": str(tmp_path)}))
-    shows(ExitCode.DISK, "found 'Is a directory'", "check", accelerate_config.translated, config, silent)
+    refused = ExitCode.INPUT_REFUSED
+    shows(refused, "found a folder, need a file", "", accelerate_config.translated, config, silent)
     shows(ExitCode.DISK, "README.md: found 'Is a directory'", "check", sources._readme_configs, tmp_path, "there")
     shows(ExitCode.DISK, "found 'Is a directory'", "check", sources._metadata, tmp_path, "there")
     monkeypatch.setattr(disk, "sha256", failing)

@@ -84,7 +84,7 @@ def test_forced_to_math_the_command_fails_with_the_reason(cli: Cli, tiny_llama: 
         (["MODEL", "--block-size", "1"], 2, "need a whole number ≥ 128"),
         (["MODEL", "--implementation", "flex_attention", "--apply"], 3, "no GPU here"),
         (["--apply-to", "MODEL", "--implementation", "varlen"], 3, "transformers knows through lorakit only"),
-        (["MODEL", "--apply-to", "nowhere"], 3, "nowhere/config.json: found no such file"),
+        (["MODEL", "--apply-to", "nowhere"], 3, "nowhere: found no config.json, need one"),
         (["nowhere"], 12, "no answer of the Hub"),
     ],
 )

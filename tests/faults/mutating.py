@@ -296,7 +296,8 @@ def opened_outside(box: Path, found: list[str]) -> Iterator[None]:
         _watched = True
     OPENED.clear()
     yield
-    allowed = (str(box), *_own)
+    notes = os.environ.get("LORAKIT_TESTS_SEEN")  # where the tests' own guard writes down each error
+    allowed = (str(box), *_own, *([os.path.realpath(notes)] if notes else []))
     found += [path for path in OPENED if not os.path.realpath(path).startswith(allowed)]
 
 

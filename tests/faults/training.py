@@ -350,7 +350,9 @@ def gradients(work: Path, without: str | None, case: tuple[int, int, int]) -> li
         original, summed = loop.clip_gradients, loop.loss_sum
         loop.clip_gradients = look
         if without is not None:  # a mean over each micro-step, as many trainers had it
-            loop.loss_sum = lambda model, part: summed(model, part) / max(part.trained_tokens, 1) * count / 4
+            loop.loss_sum = lambda model, part, *rest: (
+                summed(model, part, *rest) / max(part.trained_tokens, 1) * count / 4
+            )
         try:
             run._step()
         finally:
