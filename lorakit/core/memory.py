@@ -19,9 +19,9 @@ from lorakit.core.config import Engine, Optimizer, PlanDevicesConfig, Quantizati
 from lorakit.core.shapes import Module, Shape
 
 LOSS_TOKENS = 256
-_LOGITS = 2**25
 """Trained tokens whose logits exist at once: of a vocabulary of 128,256 they and what the loss makes of them take
 0.4 GB, where those of 2,048 tokens take 3."""
+_LOGITS = 2**25  # at a time with the fast engine
 
 CONTEXT_BYTES = 820 * 2**20
 """What CUDA and its kernels take on a card before the first tensor, outside of torch's allocator: 752 MiB with a 16-bit
@@ -468,7 +468,7 @@ def _fast_kept(shape: Shape, work: Workload, targets: list[Module], *, all_of_it
     as far as the end of its attention. Each layer is compiled: what is cheap to compute again isn't kept.
 
     RMSNorm (two)        its input and 1/rms, and its output, which LoRA reads           2eh + 4
-    attention            queries, keys, values, output, fp32 logsumexp                   e(2q + 2kv) + 4a
+    attention            see _attention_kept
     Qwen3's own norms    queries and keys before them, and 1/rms                         e(q + kv) + 4 for each head
     SwiGLU, down         gate, up, and their product                                     3ei
     LoRA                 A's outputs, for all layers of a group as wide as the widest, in steps of 16      er each
@@ -476,7 +476,7 @@ def _fast_kept(shape: Shape, work: Workload, targets: list[Module], *, all_of_it
     """
     e, h, i = work.element_bytes, shape.hidden_size, shape.intermediate_size
     q, kv, heads = shape.q_size, shape.kv_size, shape.num_heads
-    a_token = 2 * e * h + 4 + e * (2 * q + 2 * kv) + 4 * heads
+    a_token = 2 * e * h + 4 + _attention_kept(shape, work, read=True)
     if shape.qk_norms:
         a_token += e * (q + kv) + 4 * (heads + shape.num_kv_heads)
     groups = [(_ATTENTION_INPUTS, h, (q, kv, kv)), (("o_proj",), q, (h,))]
@@ -508,13 +508,11 @@ def _fast_moments(shape: Shape, work: Workload, targets: list[Module]) -> list[t
     matrix = {"none": 0, "int8": 2, "fp8": 1}.get(work.quantize, 3) * h * i
     rounded = 1 if work.quantize in ("fp8", "nf4", "fp4") else 0
     gradient, one = tokens * e * h, tokens * e * i
-    wide = 2 * e * shape.q_size if shape.num_kv_heads != shape.num_heads else 0
-    flash = 2 * e * (shape.q_size + shape.kv_size) + 4 * shape.q_size + 4 * shape.num_heads + wide
     return [
         (of_down, 0, kept + gradient + one + matrix + rounded * tokens * h),
         (of_down, 0, kept + gradient + 2 * one),
         (of_mlp, 0, kept - 3 * one + gradient + 2 * one + gradient + 2 * matrix + rounded * tokens * 2 * i),
-        (of_mlp, 0, until_mlp + gradient + tokens * flash),
+        (of_mlp, 0, until_mlp + gradient + tokens * _attention_moment(shape, work)),
         (of_all, 0, 4 * gradient),
     ]
 
@@ -541,6 +539,14 @@ def _inputs_kept(size: int, work: Workload, targets: list[Module], leaves: tuple
     """Bytes a token of one input that several linear layers share."""
     read = work.lora_dropout == 0 and any(_leaf(module) in leaves for module in targets)
     return work.element_bytes * size if read or work.quantize == "int8" else 0
+
+
+def _attention_moment(shape: Shape, work: Workload) -> int:
+    """Bytes a token in attention's backward pass, beside what it kept; see _moments."""
+    e = work.element_bytes
+    wide = 2 * e * shape.q_size if shape.num_kv_heads != shape.num_heads else 0
+    scores = (e + 4 + 4) * shape.num_heads * work.block_size if work.attention == "eager" else 0
+    return 2 * e * (shape.q_size + shape.kv_size) + 4 * shape.q_size + 4 * shape.num_heads + wide + scores
 
 
 def _norm_busiest(size: int) -> int:
@@ -578,10 +584,7 @@ def _moments(
     lora_input = i * (e + 1) if work.lora_dropout > 0 else 0 if work.quantize == "int8" else e * i
     gone = tokens * (e * work.rank + lora_input) + (of_down // 2 if e == 2 else 0) if down else 0
     sums = one + max(one + matrix, 2 * one) if down else max(one + matrix, 3 * one)
-    wide = 2 * e * shape.q_size if shape.num_kv_heads != shape.num_heads else 0
-    flash = 2 * e * (shape.q_size + shape.kv_size) + 4 * shape.q_size + 4 * shape.num_heads + wide
-    if work.attention == "eager":
-        flash += (e + 4 + 4) * shape.num_heads * work.block_size
+    flash = _attention_moment(shape, work)
     norm = tokens * _norm_busiest(h) + gradient
     copies = sum(moved.values())
     after_down, after_mlp = copies, copies

@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, P
 from transformers.pytorch_utils import Conv1D
 
 from lorakit.core.adapters import WEIGHTS, Adapter, Change, Replacement, base_folder, match, open_adapter
-from lorakit.core.config import LoraKindSection, LoraSection, is_pattern
+from lorakit.core.config import IN_8_BITS, LoraKindSection, LoraSection, is_pattern
 from lorakit.core.errors import EnvironmentUnusable, InputRefused, NonFinite, first_line, is_out_of_memory
 from lorakit.core.events import Notice, Report
 from lorakit.core.fast.storage import FrozenLinear
@@ -40,6 +40,7 @@ _CANT_BE_LAID_OUT = (
     *(ValueError, KeyError, TypeError, AttributeError, ArithmeticError, ImportError, RuntimeError, StopIteration),
     StrictDataclassError,
 )
+_COMPILATIONS = 64
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -187,10 +188,11 @@ def load_base(
     double_quantization: bool = True,
     int8_threshold: float = 6.0,
     fast: bool = False,
+    sharded: bool = False,
 ) -> PreTrainedModel:
     """The base model, frozen and in evaluation mode, its linear layers quantized while they are loaded; on `device`, or
     where `device_map` says. Layers that `computed_on` names lie in CPU memory and are computed there. `fast`: for the
-    fast engine, which multiplies by 8-bit integers as they are.
+    fast engine, which multiplies by 8-bit integers as they are. `sharded`: for FSDP.
 
     Raises InputRefused where transformers can't build it whole.
     """
@@ -202,7 +204,7 @@ def load_base(
         places = {**(device_map or {}), **(computed_on or {})} or {"": str(device)}
         _place(model, quantizing, places, computed_on or ())
     else:
-        quantization = _quantization(quantize, dtype, double_quantization, int8_threshold)
+        quantization = _quantization(quantize, dtype, double_quantization, int8_threshold, sharded=sharded)
         mapped: Any = dict(device_map) if device_map else {"": device} if quantization else None
         model = _from_pretrained(weights, dtype, quantization, mapped)
         model = model if mapped else model.to(device)
@@ -306,7 +308,7 @@ def _quantize(module: torch.nn.Module, head: torch.nn.Module, how: "_Quantizing"
 
 
 def _quantization(
-    quantize: str, dtype: torch.dtype, double_quantization: bool, int8_threshold: float
+    quantize: str, dtype: torch.dtype, double_quantization: bool, int8_threshold: float, *, sharded: bool
 ) -> BitsAndBytesConfig | None:
     """What `--quantize` means to bitsandbytes; embeddings, norms and the head keep the base's number type, which peft's
     `prepare_model_for_kbit_training` would double to fp32 for nothing."""
@@ -319,7 +321,8 @@ def _quantization(
         bnb_4bit_quant_type=quantize,
         bnb_4bit_use_double_quant=double_quantization,
         bnb_4bit_compute_dtype=dtype,
-        bnb_4bit_quant_storage=dtype,  # the codes, as numbers that may be parameters: FSDP shards nothing else
+        # the codes as numbers that may be parameters with gradients: FSDP of torch 2.11 shards nothing else
+        bnb_4bit_quant_storage=dtype if sharded else torch.uint8,
     )
 
 
@@ -357,15 +360,12 @@ def quantized(
                 compute_dtype=dtype,
                 compress_statistics=double_quantization,
                 quant_type=quantize,
-                quant_storage=dtype,
             )
     if quantize == "int8":
         codes, scales, _ = bnb.functional.int8_vectorwise_quant(linear.weight.detach().to(torch.float16))
         made.weight = bnb.nn.Int8Params(codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=scales)
     else:
-        weight = bnb.nn.Params4bit(
-            linear.weight.detach(), requires_grad=False, quant_type=quantize, quant_storage=dtype
-        )
+        weight = bnb.nn.Params4bit(linear.weight.detach(), requires_grad=False, quant_type=quantize)
         made.weight = weight.to(linear.weight.device)
     if bias:
         made.bias = torch.nn.Parameter(linear.bias.detach(), requires_grad=False)
@@ -505,8 +505,15 @@ def checkpoint_activations(model: PeftModel) -> None:
 
 def compile_layers(model: PeftModel) -> None:
     """Have torch compile each decoder layer: all are alike, so that one compilation serves them all."""
+    let_compilations_differ()
     for layer in decoder_layers(model):
         layer.compile()
+
+
+def let_compilations_differ() -> None:
+    """With and without gradients, for evaluations, for rows of one document and of many: all decoder layers share the
+    eight compilations that torch allows a function, and after those it computes without a word as it is written."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _COMPILATIONS)
 
 
 def decoder_layers(model: PeftModel) -> ModuleList:
@@ -610,6 +617,12 @@ def open_model(name: str, base_name: str | None, dtype: str, report: Report, qua
     adapter = open_adapter(folder, report)
     weights = open_weights(base_folder(adapter, base_name))
     changes = match(adapter, weights)
+    if adapter.config.get("use_dora") and quantize in IN_8_BITS:
+        raise InputRefused(
+            f"--quantize {quantize}: found the DoRA adapter {folder}, need a base whose numbers PEFT can read: DoRA's "
+            "lengths are theirs",
+            "--quantize nf4, or leave it out",
+        )
     base = load_base(weights, pick_dtype(dtype, device), device, quantize)
     replaced = _replaced(base, adapter, changes)
     model = wrap(base, adapter)

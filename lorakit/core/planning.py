@@ -83,7 +83,7 @@ def plan_devices(config: PlanDevicesConfig, report: Report) -> Planned:
     block, batch = config.batch.block_size, config.batch.batch_size
     first = (512 if block == "auto" else block, 1 if batch == "auto" else batch)
     accumulates = config.batch.gradient_accumulation_steps > 1
-    engine = _engine(config, shape, budgets, dtype)
+    engine = _engine(config, shape, dtype, on_cpu=on_cpu)
     work = Workload.of(config, dtype, *first, accumulates=accumulates, on_gpu=not on_cpu, engine=engine)
     work = replace(work, loss_tokens=loss_tokens(engine, shape.vocab_size))
 
@@ -105,8 +105,10 @@ def plan_devices(config: PlanDevicesConfig, report: Report) -> Planned:
             work, batch_size=max(1, _largest(lambda size: planned(replace(work, batch_size=size)).fits, 65_536))
         )
     plan = planned(work)
-    suggestions = () if plan.fits else tuple(_changes(plan, budgets, config.devices.parallel, factor))
-    compared = tuple(_compare(plan, budgets, factor)) if config.plan.compare else ()
+    needs_fast = _require_engine(config, plan)
+    suggestions = () if plan.fits else tuple(_changes(plan, work, budgets, config.devices.parallel, factor))
+    suggestions = tuple(one for one in suggestions if not needs_fast or one.plan.work.engine == "fast")
+    compared = tuple(_compare(shape, work, budgets, factor)) if config.plan.compare else ()
     if (output := config.plan.output) is not None:
         if output.exists():
             read_plan(output)  # nothing else is ever replaced
@@ -117,31 +119,43 @@ def plan_devices(config: PlanDevicesConfig, report: Report) -> Planned:
     return Planned(plan, suggestions, compared, probed, moved)
 
 
-def _engine(config: PlanDevicesConfig, shape: Shape, budgets: Budgets, dtype: str) -> Engine:
-    """The engine that train will take, as far as it doesn't depend on the GPU itself. Raises UsageError where one is
-    asked for that these settings can't have."""
-    asked, quantize = config.model.engine, config.model.quantize
+def _engine(config: PlanDevicesConfig, shape: Shape, dtype: str, *, on_cpu: bool) -> Engine:
+    """The engine that train will take on one device or on copies, as far as it doesn't depend on the GPU itself. Raises
+    UsageError where one is asked for that these settings can't have."""
+    asked = config.model.engine
     reasons = {
         f"the model type {shape.model_type!r}": not shape.known,
         f"--lora-dropout {config.lora.lora_dropout:g}": config.lora.lora_dropout > 0,
         "--dtype fp16": dtype == "fp16",
-        f"--parallel {config.devices.parallel} over several devices": (
-            len(budgets) > 1 and config.devices.parallel != "ddp"
-        ),
-        "--parallel fsdp": config.devices.parallel == "fsdp",
-        "a CPU": "cpu" in budgets,
         "--output, a plan that lays layers out over devices": config.plan.output is not None,
     }
     reason = next((reason for reason, holds in reasons.items() if holds), None)
-    if reason is None:
-        return "standard" if asked == "standard" else "fast"
-    if asked == "fast" or quantize == "fp8":
-        needed = "--engine fast" if asked == "fast" else "--quantize fp8"
+    needed = _needing_fast(config)
+    if needed is not None and reason is not None:
+        raise UsageError(f"{needed}: found {reason}, need what the fast engine can do", "change one of them")
+    if reason is not None or asked == "standard" or (on_cpu and needed is None):
+        return "standard"
+    return "fast"
+
+
+def _needing_fast(config: PlanDevicesConfig) -> str | None:
+    """The option that only the fast engine can follow, where one was given."""
+    return (
+        "--engine fast"
+        if config.model.engine == "fast"
+        else ("--quantize fp8" if config.model.quantize == "fp8" else None)
+    )
+
+
+def _require_engine(config: PlanDevicesConfig, plan: Plan) -> bool:
+    """Whether the settings need the fast engine. Raises UsageError where the plan isn't one for it."""
+    needed = _needing_fast(config)
+    if needed is not None and plan.work.engine != "fast":
         raise UsageError(
-            f"{needed}: found {reason}, need what the fast engine can do",
-            "leave out --engine" if quantize != "fp8" else "choose another --quantize, or one GPU or --parallel ddp",
+            f"{needed}: found {plan.parallel} over {len(plan.loads)} devices, need one GPU, or copies of the model",
+            "--parallel ddp, or --gpus with one GPU",
         )
-    return "standard"
+    return needed is not None
 
 
 def next_command(config: PlanDevicesConfig, plan: Plan) -> str:
@@ -164,7 +178,7 @@ def next_command(config: PlanDevicesConfig, plan: Plan) -> str:
         options += ["--parallel", plan.parallel]
         options += ["--num-processes", str(len(computing))] if plan.parallel != "split" else []
     ids = built_in().get(config.model.model.lower(), {}).get("ids") or [config.model.model]
-    where = ["--blocks", "DIR", "--plan", str(config.plan.output or "FILE")]
+    where = ["--blocks", "DIR", *(["--plan", str(config.plan.output)] if config.plan.output is not None else [])]
     return shlex.join(["lorakit", "train", "--model", ids[0], *options, *where])
 
 
@@ -228,9 +242,10 @@ def _largest(fits: Callable[[int], bool], limit: int) -> int:
     return low
 
 
-def _changes(plan: Plan, budgets: Budgets, parallel: Asked, factor: float) -> Iterator[Suggestion]:
-    """Each single change that makes a plan fit, those that cost least first; `parallel` as it was asked for."""
-    shape, work = plan.shape, plan.work
+def _changes(plan: Plan, work: Workload, budgets: Budgets, parallel: Asked, factor: float) -> Iterator[Suggestion]:
+    """Each single change that makes a plan fit, those that cost least first; `work` and `parallel` as they were asked
+    for."""
+    shape = plan.shape
 
     def again(changed: Workload, budgets: Budgets = budgets, parallel: Asked = parallel) -> Plan:
         return _choose(shape, budgets, changed, parallel, factor)
@@ -278,7 +293,7 @@ def _typed(budgets: Budgets) -> str:
     return f"{len(sizes)}x{sizes[0]}" if len(set(sizes)) == 1 else ",".join(sizes)
 
 
-def _compare(plan: Plan, budgets: Budgets, factor: float) -> Iterator[Plan]:
+def _compare(shape: Shape, work: Workload, budgets: Budgets, factor: float) -> Iterator[Plan]:
     """Every way of sharing the work with every kind of base; layers are offloaded where they can be."""
     gpus = _gpus(budgets)
     ways: tuple[Parallel, ...] = ("split", "ddp", "fsdp") if len(gpus) > 1 else ("split",)
@@ -286,4 +301,4 @@ def _compare(plan: Plan, budgets: Budgets, factor: float) -> Iterator[Plan]:
         for quantize in _QUANTIZATIONS:
             if (way, quantize) != ("fsdp", "int8"):
                 usable = budgets if way == "split" and quantize != "int8" else gpus or budgets
-                yield _make(plan.shape, usable, replace(plan.work, quantize=quantize), way, factor)
+                yield _make(shape, usable, replace(work, quantize=quantize), way, factor)

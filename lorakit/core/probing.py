@@ -76,7 +76,7 @@ def probe(name: str, config: Mapping[str, Any], work: Workload, lora: LoraSectio
         for tokens in _LENGTHS[device.type]:
             found = StepMemory(shape, replace(work, block_size=tokens, batch_size=1, accumulates=False)).peak(whole)
             planned.append(found.gradients + found.activations + found.loss)
-            measured.append(_step_bytes(model, tokens, dtype, device))
+            measured.append(_step_bytes(model, tokens, dtype, device, work.loss_tokens))
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
@@ -84,7 +84,7 @@ def probe(name: str, config: Mapping[str, Any], work: Workload, lora: LoraSectio
     return Probed(_LENGTHS[device.type], tuple(planned), tuple(measured))
 
 
-def _step_bytes(model: Any, tokens: int, dtype: torch.dtype, device: torch.device) -> int:
+def _step_bytes(model: Any, tokens: int, dtype: torch.dtype, device: torch.device, loss_tokens: int) -> int:
     """The most that a second step adds to what is there between steps."""
     ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (1, tokens))
     positions = np.arange(tokens)[None] % (tokens // 2)  # two documents
@@ -94,7 +94,7 @@ def _step_bytes(model: Any, tokens: int, dtype: torch.dtype, device: torch.devic
 
     def step() -> None:
         with autocast(device, dtype):
-            loss = loss_sum(model, batch)
+            loss = loss_sum(model, batch, loss_tokens)
         loss.backward()
         optimizer.step()
 

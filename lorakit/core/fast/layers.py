@@ -69,8 +69,9 @@ def _matrices(layer: Any) -> tuple[Tensor | None, Tensor | None, float]:
     return layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
 
 
-def speed_up(layer: Any, *, in_fp8: bool) -> None:
-    """Have a decoder layer with LoRA compute its training steps here."""
+def speed_up(layer: Any, *, in_fp8: bool, compiled: bool) -> None:
+    """Have a decoder layer with LoRA compute its training steps here, `compiled` by torch: once for all layers, which
+    differ in nothing that it looks at."""
     attention, mlp = layer.self_attn, layer.mlp
     layer.fast = {
         "qkv": Linears([attention.q_proj, attention.k_proj, attention.v_proj], in_fp8=in_fp8),
@@ -81,6 +82,7 @@ def speed_up(layer: Any, *, in_fp8: bool) -> None:
     config = attention.config
     window = getattr(attention, "sliding_window", config.sliding_window if config.model_type == "mistral" else None)
     layer.window = {"sliding_window": window} if window is not None else {}
+    layer.compute = torch.compile(_compute) if compiled else _compute
     layer.forward = MethodType(_forward, layer)
 
 
@@ -93,12 +95,23 @@ def _forward(
     position_embeddings: tuple[Tensor, Tensor] | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    """A layer [B, T, H] as transformers computes it (Llama, Mistral, Qwen2, Qwen3); with a cache by its own code."""
+    """A layer [B, T, H] as transformers calls it; answers, one token after the other, by its own code."""
+    given = {"position_ids": position_ids, "position_embeddings": position_embeddings, **kwargs}
     if cache is not None or kwargs.get("past_key_values") is not None:
         cached = {"cache": cache} if cache is not None else {}
-        rotary = {"position_ids": position_ids, "position_embeddings": position_embeddings}
-        return _with_cache(self, hidden_states, attention_mask=attention_mask, **rotary, **cached, **kwargs)
-    assert position_embeddings is not None
+        return type(self).forward(self, hidden_states, attention_mask=attention_mask, **given, **cached)
+    return self.compute(self, hidden_states, attention_mask, **given)
+
+
+def _compute(
+    self: Any,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    position_embeddings: tuple[Tensor, Tensor],
+    **kwargs: Any,
+) -> Tensor:
+    """A layer [B, T, H] of Llama, Mistral, Qwen2 or Qwen3."""
     attention, mlp, fast = self.self_attn, self.mlp, self.fast
     shape = (*hidden_states.shape[:-1], -1, attention.head_dim)
     q, k, v = (part.view(shape) for part in fast["qkv"](self.input_layernorm(hidden_states)))
@@ -113,9 +126,3 @@ def _forward(
     hidden_states = hidden_states + fast["o"](attended.reshape(*hidden_states.shape[:-1], -1))[0]
     gate, up = fast["gate_up"](self.post_attention_layernorm(hidden_states))
     return hidden_states + fast["down"](mlp.act_fn(gate) * up)[0]
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _with_cache(layer: Any, hidden_states: Tensor, **given: Any) -> Tensor:
-    """A layer by transformers' own code: answers are one token after the other, each of another shape."""
-    return type(layer).forward(layer, hidden_states, **given)

@@ -98,10 +98,11 @@ def _parents(base: Weights, weighted: Sequence[Weighted]) -> dict[str, str]:
 def _in_training(adapter: Adapter) -> Rounding | None:
     """How the base was quantized while an adapter was trained, as far as its manifest says.
 
-    Where the number type was left to the machine, it is taken to have been bf16, as it is on every GPU that has it.
+    Where the number type isn't known, it is taken to have been bf16, as it is on every GPU that has it.
     """
     config = adapter.artifact.config if adapter.artifact is not None else {}
-    kind, dtype = str(config.get("quantize", "none")), str(config.get("dtype", "auto"))
+    facts = adapter.artifact.facts if adapter.artifact is not None else {}
+    kind, dtype = str(config.get("quantize", "none")), str(facts.get("dtype", config.get("dtype", "auto")))
     return None if kind == "none" else Rounding(kind, "bf16" if dtype == "auto" else dtype)
 
 

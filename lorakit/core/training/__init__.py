@@ -55,6 +55,7 @@ class Trained:
     resumed_from: int
     attention: str
     engine: str
+    dtype: str
     already_done: bool
     planned_bytes: int | None = None
     best_step: int | None = None

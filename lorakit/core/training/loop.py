@@ -111,7 +111,8 @@ class Run:
         self.learning_rate = LearningRate(config, self.schedule.steps)
         self.state = State()
         if checkpoint is not None:
-            self.state.attention, self.state.engine = checkpoint.facts["attention"], checkpoint.facts["engine"]
+            self.state.attention = str(checkpoint.facts["attention"])
+            self.state.engine = checkpoint.facts.get("engine", self.state.engine)
         self.checkpoints = Checkpoints(folder, config, parents, report)
         dtype = pick_dtype(config.model.dtype, self.device)
         require_device(dtype, self.device, report)
@@ -252,6 +253,7 @@ class Run:
             double_quantization=config.model.double_quantization,
             int8_threshold=config.model.int8_threshold,
             fast=self.state.engine == "fast",
+            sharded=world.parallel == "fsdp",
         )
         self.state.attention = _attention(base, config, self.state.attention, self.report)
         self.report(Notice(f"attention: {self.state.attention}"))
@@ -529,6 +531,7 @@ class Run:
             "resumed_from": self.resumed_from,
             "attention": state.attention,
             "engine": state.engine,
+            "dtype": state.dtype,
             "best_step": state.best_step or None,
             "eval_loss": state.best_loss,
             "adapter_step": state.best_step if best else state.step,
@@ -611,19 +614,23 @@ def _engine(
 ) -> Engine:
     """What computes the decoder layers; a run that goes on keeps what it began with. Raises EnvironmentUnusable where
     that, or what is asked for, can't be had here."""
-    asked, quantize = config.model.engine, config.model.quantize
-    reason = lacking(config, model, dtype, device)
-    needed = "--engine fast" if asked == "fast" else "--quantize fp8" if quantize == "fp8" else None
-    if needed is None and begun_on == "fast":
-        needed = "the engine that the run began with"
-    if needed is not None and reason is not None:
-        raise EnvironmentUnusable(
-            f"{needed}: found that {reason}; need what the fast engine can do",
-            "leave out --engine, and choose another --quantize" if quantize == "fp8" else "leave out --engine",
-        )
+    asked, adapter = config.model.engine, config.lora_kind.adapter
+    of_adapter = adapters.open_adapter(model_folder(adapter), lambda _: None).config if adapter is not None else {}
+    reason = lacking(config, model, of_adapter, dtype, device)
+    needed = {
+        "--engine fast": (asked == "fast", "change that, or leave out --engine"),
+        "--quantize fp8": (config.model.quantize == "fp8", "change that, or choose another --quantize"),
+        "the fast engine, which the run began with": (
+            begun_on == "fast",
+            "go on where it can be had, or begin anew with --overwrite",
+        ),
+    }
+    wanted, hint = next(((name, hint) for name, (holds, hint) in needed.items() if holds), (None, ""))
+    if wanted is not None and reason is not None:
+        raise EnvironmentUnusable(f"{wanted}: found that {reason}; need what the fast engine can do", hint)
     if asked == "standard" or begun_on == "standard":
         return "standard"
-    if needed is None and reason is None and device.type != "cuda":
+    if wanted is None and reason is None and device.type != "cuda":
         reason = "there is no GPU"  # where it would be no faster
     chosen: Engine = "fast" if reason is None else "standard"
     report(Notice(f"engine: {chosen}" + (f", since {reason}" if reason else "")))

@@ -9,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lorakit.core.attention import apply
+from lorakit.core.fast import layers
 from lorakit.core.fast.engine import make_fast
 from lorakit.core.fast.layers import Linears
 from lorakit.core.fast.storage import FrozenLinear
@@ -172,19 +173,29 @@ def test_widths_that_8_bit_products_cant_have_are_computed_exactly() -> None:
     assert torch.allclose(Linears([frozen], in_fp8=True)(x)[0], frozen(x), atol=1e-6)
 
 
-def test_all_layers_are_compiled_by_one_compilation() -> None:
-    """Nothing in a layer differs from the others in what torch.compile looks at, or each would take its minute."""
+def test_all_layers_are_compiled_by_one_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing in a layer differs from the others in what torch.compile looks at, or each would take its minute; and
+    answers and evaluations before and between steps leave room for the steps' own."""
     from torch._dynamo.utils import counters
 
+    compiled = torch.compile(layers._compute, backend="aot_eager")
+    monkeypatch.setattr(layers.torch, "compile", lambda _: compiled)
     model = with_lora(base_of("llama", num_hidden_layers=10))
     apply(model.get_base_model(), "sdpa")
     checkpoint_activations(model)
-    make_fast(model, "none")
+    for layer in model.get_base_model().model.layers:
+        layers.speed_up(layer, in_fp8=False, compiled=True)
     torch._dynamo.reset()
     counters.clear()
-    for layer in model.get_base_model().model.layers:
-        layer.compile(backend="aot_eager")
     ids, _ = packed()
-    model(input_ids=ids, use_cache=False).logits.sum().backward()
-    assert counters["stats"]["unique_graphs"] == 1
+    model.eval()
+    for length in (5, 9, 20):
+        model.generate(input_ids=ids[:1, :length], max_new_tokens=3, do_sample=False, use_cache=True, pad_token_id=0)
+    assert counters["stats"]["unique_graphs"] == 0  # answers are transformers' own code
+    with torch.no_grad():
+        model(input_ids=ids, use_cache=False)
+    model.train()
+    for _ in range(2):
+        model(input_ids=ids, use_cache=False).logits.sum().backward()
+    assert counters["stats"]["unique_graphs"] == 3  # without gradients, the first layer's input apart; with them
     assert not counters["graph_break"]

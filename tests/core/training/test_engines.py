@@ -28,11 +28,12 @@ def test_one_that_is_asked_for_and_cant_be_had_is_refused_before_anything_is_loa
 ) -> None:
     ran = train("run", "--engine", "fast", "--use-dora")
     assert ran.code == 11
-    assert "error: --engine fast: found that --use-dora; need what the fast engine can do" in ran.err
-    assert "hint: leave out --engine" in ran.err
+    assert "error: --engine fast: found that LoRA is DoRA (--use-dora); need what the fast engine can do" in ran.err
+    assert "hint: change that, or leave out --engine" in ran.err
     ran = train("run", "--quantize", "fp8", "--lora-dropout", 0.1)
     assert ran.code == 11
-    assert "--quantize fp8: found that --lora-dropout is 0.1, not 0" in ran.err
+    assert "--quantize fp8: found that LoRA has a dropout of 0.1, not 0" in ran.err
+    assert "hint: change that, or choose another --quantize" in ran.err
     ran = train("run", "--quantize", "fp8", "--engine", "standard")
     assert ran.code == 2
     assert "found --quantize fp8 with --engine standard, need --engine fast or auto" in ran.err
@@ -54,6 +55,13 @@ def test_a_run_goes_on_with_its_engine_and_ends_with_the_same_bytes(train: Train
     assert (ran.json["engine"], ran.json["resumed_from"]) == ("fast", 3)
     assert train("other", *given, "--max-steps", 6, "--lr-scheduler-type", "constant").code == 0
     assert adapter_bytes(tmp_path / "parts") == adapter_bytes(tmp_path / "other")
+
+
+def test_an_adapter_of_dora_goes_on_in_the_standard_engine_alone(train: Train, tmp_path: Path) -> None:
+    assert train("dora", "--use-dora", "--max-steps", 1).code == 0
+    ran = train("next", "--engine", "fast", "--adapter", tmp_path / "dora", "--max-steps", 1)
+    assert ran.code == 11
+    assert "LoRA is DoRA" in ran.err
 
 
 @pytest.mark.parametrize(("first", "second"), [("standard", "fast"), ("fast", "standard")])
