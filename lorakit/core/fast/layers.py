@@ -3,6 +3,7 @@ and up. Its modules stay where they are, PEFT's matrices too, so that everything
 with a cache) goes on as before: only how a training step computes a layer is another.
 """
 
+import functools
 from types import MethodType
 from typing import Any
 
@@ -82,8 +83,13 @@ def speed_up(layer: Any, *, in_fp8: bool, compiled: bool) -> None:
     config = attention.config
     window = getattr(attention, "sliding_window", config.sliding_window if config.model_type == "mistral" else None)
     layer.window = {"sliding_window": window} if window is not None else {}
-    layer.compute = torch.compile(_compute) if compiled else _compute
+    layer.compute = _compiled() if compiled else _compute
     layer.forward = MethodType(_forward, layer)
+
+
+@functools.cache
+def _compiled() -> Any:
+    return torch.compile(_compute)
 
 
 def _forward(

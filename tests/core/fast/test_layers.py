@@ -179,7 +179,7 @@ def test_all_layers_are_compiled_by_one_compilation(monkeypatch: pytest.MonkeyPa
     from torch._dynamo.utils import counters
 
     compiled = torch.compile(layers._compute, backend="aot_eager")
-    monkeypatch.setattr(layers.torch, "compile", lambda _: compiled)
+    monkeypatch.setattr(layers, "_compiled", lambda: compiled)
     model = with_lora(base_of("llama", num_hidden_layers=10))
     apply(model.get_base_model(), "sdpa")
     checkpoint_activations(model)
