@@ -243,12 +243,12 @@ class Console:
         before = signal.signal(signal.SIGINT, hear)
         try:
             while not (heard and told):
-                if heard:
+                told, heard, line = heard, False, ""  # first: what is pressed while it is told counts
+                if told:
                     self._print(self._err, Text("\n(Ctrl-C once more, Ctrl-D or /exit to leave)"))
-                told, heard, line = heard, False, ""
                 with contextlib.suppress(KeyboardInterrupt):
                     reading = True
-                    line = self._line()
+                    line = self._line() if not heard else ""
                 reading = False
                 if line.strip() and not heard:
                     told = False

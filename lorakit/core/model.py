@@ -308,7 +308,7 @@ def _quantize(module: torch.nn.Module, head: torch.nn.Module, how: "_Quantizing"
 
 
 def _quantization(
-    quantize: str, dtype: torch.dtype, double_quantization: bool, int8_threshold: float, *, sharded: bool
+    quantize: str, dtype: torch.dtype, double_quantization: bool, int8_threshold: float, *, sharded: bool = False
 ) -> BitsAndBytesConfig | None:
     """What `--quantize` means to bitsandbytes; embeddings, norms and the head keep the base's number type, which peft's
     `prepare_model_for_kbit_training` would double to fp32 for nothing."""

@@ -59,6 +59,8 @@ def forked(body: Callable[[], int], log: Path, seconds: int = _SECONDS_UNTIL_HUN
 
 def begun(body: Callable[[], int], log: Path, seconds: int = _SECONDS_UNTIL_HUNG) -> int:
     """A child that runs `body`: its pid."""
+    import torch
+
     child = os.fork()
     if child == 0:
         code = 1
@@ -67,6 +69,9 @@ def begun(body: Callable[[], int], log: Path, seconds: int = _SECONDS_UNTIL_HUNG
             os.dup2(descriptor, 1)
             os.dup2(descriptor, 2)
             signal.alarm(seconds)
+            # torch makes its pool of threads anew after a fork, where it is asked first: by two threads at once (those
+            # that load a model) it goes wrong
+            torch.set_num_threads(1)
             code = body()
         except BaseException:
             traceback.print_exc()
