@@ -281,3 +281,47 @@ def test_a_bar_is_drawn_however_much_is_too_much(cli: Cli) -> None:
     ran = cli("plan-devices", "llama-65b", "--gpus", "0.001KiB")
     assert ran.code == 9
     assert max(map(len, ran.out.splitlines())) < 200
+
+
+# Engines
+
+
+def test_what_only_the_fast_engine_can_do_is_planned_where_it_can_be_had(cli: Cli) -> None:
+    ran = cli("plan-devices", "llama-7b", "--gpus", "24GiB", "--quantize", "fp8", "--json")
+    assert (ran.code, ran.json["settings"]["engine"]) == (0, "fast")
+    standard = cli(
+        "plan-devices", "llama-7b", "--gpus", "24GiB", "--quantize", "int8", "--engine", "standard", "--json"
+    )
+    fast = cli("plan-devices", "llama-7b", "--gpus", "24GiB", "--quantize", "int8", "--json")
+    assert (standard.json["settings"]["engine"], fast.json["settings"]["engine"]) == ("standard", "fast")
+    assert fast.json["tokens_per_second"] > 3 * standard.json["tokens_per_second"]
+    ran = cli("plan-devices", "llama-7b", "--gpus", "2x24GiB", "--quantize", "fp8", "--parallel", "auto", "--json")
+    assert (ran.json["parallel"], ran.json["settings"]["engine"]) == ("ddp", "fast")
+
+
+def test_what_the_fast_engine_cant_do_is_refused_by_name(cli: Cli, tmp_path: Path) -> None:
+    ran = cli("plan-devices", "llama-7b", "--gpus", "24GiB", "--engine", "fast", "--lora-dropout", 0.1)
+    assert ran.code == 2
+    assert "error: --engine fast: found --lora-dropout 0.1, need what the fast engine can do" in ran.err
+    assert "hint: change one of them" in ran.err
+    ran = cli("plan-devices", "llama-7b", "--gpus", "24GiB", "--quantize", "fp8", "--output", tmp_path / "plan.json")
+    assert "error: --quantize fp8: found --output, a plan that lays layers out over devices" in ran.err
+    ran = cli("plan-devices", "llama-7b", "--gpus", "2x24GiB", "--quantize", "fp8")
+    assert ran.code == 2
+    assert "--quantize fp8: found split over 2 devices, need one GPU, or copies of the model" in ran.err
+    assert "hint: --parallel ddp, or --gpus with one GPU" in ran.err
+    ran = cli("plan-devices", "llama-7b", "--gpus", "2x24GiB", "--quantize", "fp8", "--parallel", "fsdp")
+    assert "error: --parallel fsdp: found --quantize fp8, need none, nf4 or fp4" in ran.err
+
+
+def test_attention_that_keeps_scores_is_counted_with_either_engine(cli: Cli) -> None:
+    """What attention itself keeps doesn't depend on who computes the rest."""
+    given = ("plan-devices", "llama-7b", "--gpus", "80GiB", "--block-size", 4096, "--json", "--attention")
+    taken = {
+        (kind, engine): cli(*given, kind, "--engine", engine).json["peak_bytes"]
+        for kind in ("varlen", "eager")
+        for engine in ("fast", "standard")
+    }
+    more = [taken["eager", engine] - taken["varlen", engine] for engine in ("fast", "standard")]
+    assert more[0] == pytest.approx(more[1], rel=0.1)
+    assert more[0] > 2**30

@@ -112,3 +112,14 @@ def test_a_base_with_nan_is_refused_before_the_first_step(quantize: str, train: 
     assert "error: model.layers.1.mlp.up_proj: found NaN or infinity in the base's weights, need numbers" in ran.err
     assert "hint: download the model again" in ran.err
     assert not list(tmp_path.glob("run/checkpoints/*"))
+
+
+@pytest.mark.parametrize("quantize", ["fp8", "int8"])
+def test_lengths_of_dora_arent_those_of_codes(
+    quantize: str, train: Train, cli: Callable[..., Ran], tmp_path: Path
+) -> None:
+    assert train("dora", "--use-dora", "--max-steps", 1).code == 0
+    ran = cli("chat", tmp_path / "dora", "--quantize", quantize, "--prompt", "x")
+    assert ran.code == 3
+    assert f"error: --quantize {quantize}: found the DoRA adapter" in ran.err
+    assert "hint: --quantize nf4, or leave it out" in ran.err
