@@ -11,10 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from lorakit.core.fast.storage import LARGEST
-
-RANK_STEP = 16
-"""Ranks are padded to multiples of this: what the tensor cores add up in one go."""
+from lorakit.core.fast.storage import LARGEST, RANK_STEP
 
 _TILE = (128, 256, 128)  # tokens, outputs, inputs: the fastest of those measured on an H200
 _NARROW_TILE = (128, 128, 128)  # where parts end at other multiples than 256 (keys and values of small models)

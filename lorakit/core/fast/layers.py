@@ -15,10 +15,8 @@ from torch.nn.functional import pad
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
 
-from lorakit.core.fast.linear import frozen_linear, rounded
-from lorakit.core.fast.storage import store
-
-_RANK_STEP = 16  # the tensor cores add up so many in one go
+from lorakit.core.fast.linear import frozen_linear
+from lorakit.core.fast.storage import RANK_STEP, rounded, store
 
 
 class Linears:
@@ -47,7 +45,7 @@ class Linears:
     def _lora(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A [P·R, K] and scale · B [N, R] of all layers, as wide as the widest; layers without LoRA have zeros."""
         found = [_matrices(layer) for layer in self._layers]
-        rank = max(-(-a.shape[0] // _RANK_STEP) * _RANK_STEP if a is not None else 0 for a, _, _ in found)
+        rank = max(-(-a.shape[0] // RANK_STEP) * RANK_STEP if a is not None else 0 for a, _, _ in found)
         device, inputs = self._base[0].device, self._sizes[0]
         all_a, all_b = [], []
         for outputs, (a, b, scale) in zip(self._sizes[1:], found, strict=True):

@@ -14,7 +14,7 @@ Shapes by suffix: M tokens, N outputs, K inputs, P layers (parts), R rank of one
 import torch
 from torch import Tensor
 
-from lorakit.core.fast.storage import FP8, LARGEST, exact, rows_to_codes
+from lorakit.core.fast.storage import FP8, exact, rounded, rows_to_codes
 
 HOPPER = (9, 0)
 """The compute capability whose copy engine and tensor cores `product` is made for."""
@@ -106,13 +106,6 @@ def _backward(ctx, dy_MN, _dh):  # type: ignore[no-untyped-def]
 
 
 frozen_linear.register_autograd(_backward, setup_context=_remember)
-
-
-def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows as 8-bit floats and their scales, in operators that torch.compile joins with what made the rows."""
-    values = x.detach().float()
-    scale = values.abs().amax(-1, keepdim=True).clamp_min(1e-30) / LARGEST
-    return (values / scale).to(FP8), scale
 
 
 def rows_to_fp8(x_MN: Tensor, factor_N: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 FP8 = torch.float8_e4m3fn
 LARGEST = 448.0
 """The largest number of FP8."""
+RANK_STEP = 16
+"""Ranks are padded to multiples of this: what the tensor cores add up in one go."""
 
 
 def rows_to_codes(weight_NK: Tensor, kind: str) -> tuple[Tensor, Tensor]:
@@ -22,9 +24,15 @@ def rows_to_codes(weight_NK: Tensor, kind: str) -> tuple[Tensor, Tensor]:
 
         codes, largest_N, _ = functional.int8_vectorwise_quant(weight_NK.detach().to(torch.float16))
         return codes, largest_N.flatten() / 127
-    values = weight_NK.detach().float()
-    scale_N = values.abs().amax(-1).clamp_min(1e-30) / LARGEST
-    return (values / scale_N[:, None]).to(FP8), scale_N
+    codes, scale_N1 = rounded(weight_NK)
+    return codes, scale_N1.flatten()
+
+
+def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows as 8-bit floats and their scales [M, 1], in operators that torch.compile joins with what made the rows."""
+    values = x.detach().float()
+    scale = values.abs().amax(-1, keepdim=True).clamp_min(1e-30) / LARGEST
+    return (values / scale).to(FP8), scale
 
 
 class FrozenLinear(nn.Linear):

@@ -44,12 +44,13 @@ def _by_row_to_fp8(stored: Stored, rounding: Rounding) -> Rows:
     """As the fast engine stores 8-bit floats: rows of the run's number type, each with its largest number as 448."""
     import torch
 
+    from lorakit.core.fast.storage import rounded
+
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[rounding.dtype]
 
     def rows(start: int, stop: int, scratch: Scratch) -> NDArray[Any]:
-        values = torch.from_numpy(stored.rows(start, stop, scratch)).to(dtype).float()
-        scales = values.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 448
-        return np.asarray(((values / scales).to(torch.float8_e4m3fn).float() * scales).to(dtype).float().numpy())
+        codes, scales = rounded(torch.from_numpy(stored.rows(start, stop, scratch)).to(dtype))
+        return np.asarray((codes.float() * scales).to(dtype).float().numpy())
 
     return rows
 

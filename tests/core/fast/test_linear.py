@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorakit.core.fast.linear import frozen_linear, rounded
-from lorakit.core.fast.storage import FrozenLinear, store
+from lorakit.core.fast.linear import frozen_linear
+from lorakit.core.fast.storage import FrozenLinear, rounded, store
 
 ENDS, INPUTS, RANK, ROWS = [32, 48, 64], 48, 16, 7
 
