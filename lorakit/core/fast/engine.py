@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 
-from lorakit.core.config import TrainConfig
+from lorakit.core.config import ModelSection, TrainConfig
 from lorakit.core.errors import first_line
 from lorakit.core.fast.layers import speed_up
 from lorakit.core.fast.linear import HOPPER
 from lorakit.core.model import decoder_layers, let_compilations_differ
 from lorakit.core.shapes import FAMILIES
 
-_INT8_THRESHOLD = 6.0  # the option's default
+_INT8_THRESHOLD = ModelSection.model_fields["int8_threshold"].default
 _LEAST, _FP8 = (8, 0), (8, 9)  # compute capabilities: bf16 tensor cores; those of 8-bit floats
 _OUTSIDE = {"embed_tokens", "lm_head"}
 """Modules outside of the layers, which may be trained whole."""

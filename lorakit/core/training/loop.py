@@ -615,8 +615,6 @@ def _engine(
     """What computes the decoder layers; a run that goes on keeps what it began with. Raises EnvironmentUnusable where
     that, or what is asked for, can't be had here."""
     asked, adapter = config.model.engine, config.lora_kind.adapter
-    of_adapter = adapters.open_adapter(model_folder(adapter), lambda _: None).config if adapter is not None else {}
-    reason = lacking(config, model, of_adapter, dtype, device)
     needed = {
         "--engine fast": (asked == "fast", "change that, or leave out --engine"),
         "--quantize fp8": (config.model.quantize == "fp8", "change that, or choose another --quantize"),
@@ -626,9 +624,14 @@ def _engine(
         ),
     }
     wanted, hint = next(((name, hint) for name, (holds, hint) in needed.items() if holds), (None, ""))
+    standard = asked == "standard" or begun_on == "standard"
+    if standard and wanted is None:  # nothing to find out: on a GPU that compiles kernels
+        return "standard"
+    of_adapter = adapters.open_adapter(model_folder(adapter), lambda _: None).config if adapter is not None else {}
+    reason = lacking(config, model, of_adapter, dtype, device)
     if wanted is not None and reason is not None:
         raise EnvironmentUnusable(f"{wanted}: found that {reason}; need what the fast engine can do", hint)
-    if asked == "standard" or begun_on == "standard":
+    if standard:
         return "standard"
     if wanted is None and reason is None and device.type != "cuda":
         reason = "there is no GPU"  # where it would be no faster
