@@ -27,7 +27,7 @@ from lorakit.core.training import loop
 from lorakit.core.training.schedule import Schedule
 from lorakit.core.weights import open_weights
 from tests.core.training import test_exactness as poisons
-from tests.core.training.test_reference import documents
+from tests.core.training.test_reference import whole_gradients
 from tests.faults.server import begun, command, ended, forked, spread
 from tests.faults.tally import Tally
 
@@ -335,12 +335,7 @@ def gradients(work: Path, without: str | None, case: tuple[int, int, int]) -> li
             for number, parameter in enumerate(run.parameters.values()):
                 numbers = torch.Generator().manual_seed(100 * seed + number)
                 parameter.copy_(torch.randn(parameter.shape, generator=numbers) / 10)
-        batch = list(documents(run.blocks, run.schedule.blocks_of_step(0)))
-        count, total = sum(targets for _, _, targets in batch), torch.zeros((), dtype=torch.float64)
-        for ids, labels, _ in batch:
-            logits = run.model(input_ids=ids).logits
-            total = total + torch.nn.functional.cross_entropy(logits[0, :-1], labels[0, 1:], reduction="sum")
-        expected = torch.autograd.grad(total / count, list(run.parameters.values()))
+        expected, _, count = whole_gradients(run)
         found: list[torch.Tensor] = []
 
         def look(parameters: Any, _: float) -> float:

@@ -91,6 +91,17 @@ def test_fifty_losses_are_those_of_a_plain_loop(
 # Gradients
 
 
+def whole_gradients(run: loop.Run) -> tuple[list[torch.Tensor], float, int]:
+    """The gradients of a run's first step by transformers' own logits of each document, its loss, and how many tokens
+    are trained."""
+    batch = list(documents(run.blocks, run.schedule.blocks_of_step(0)))
+    count, total = sum(targets for _, _, targets in batch), torch.zeros((), dtype=torch.float64)
+    for ids, labels, _ in batch:
+        logits = run.model(input_ids=ids).logits
+        total = total + torch.nn.functional.cross_entropy(logits[0, :-1], labels[0, 1:], reduction="sum")
+    return list(torch.autograd.grad(total / count, list(run.parameters.values()))), float(total.detach()) / count, count
+
+
 @pytest.mark.parametrize("blocks_of_a_step", [8, 5, 1])
 @pytest.mark.parametrize("batch_size", [8, 4, 2, 1])
 def test_gradients_are_those_of_the_whole_step_however_it_is_cut(
@@ -106,11 +117,7 @@ def test_gradients_are_those_of_the_whole_step_however_it_is_cut(
             parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)) / 10)
     batch = list(documents(run.blocks, run.schedule.blocks_of_step(0)))
     assert blocks_of_a_step == 1 or len({ids.shape[1] for ids, _, _ in batch}) > 3
-    count, total = sum(targets for _, _, targets in batch), torch.zeros((), dtype=torch.float64)
-    for ids, labels, _ in batch:
-        logits = run.model(input_ids=ids).logits
-        total = total + torch.nn.functional.cross_entropy(logits[0, :-1], labels[0, 1:], reduction="sum")
-    expected = torch.autograd.grad(total / count, list(run.parameters.values()))
+    expected, loss, _ = whole_gradients(run)
     found: list[torch.Tensor] = []
 
     def look(parameters: Any, _: float) -> float:
@@ -119,7 +126,7 @@ def test_gradients_are_those_of_the_whole_step_however_it_is_cut(
 
     monkeypatch.setattr(loop, "clip_gradients", look)
     line = run._step()
-    assert line["loss"] == pytest.approx(float(total.detach()) / count, rel=1e-6)
+    assert line["loss"] == pytest.approx(loss, rel=1e-6)
     assert len(found) == len(expected)
     for one, other in zip(found, expected, strict=True):
         assert float((one - other).norm() / other.norm()) < 1e-6
