@@ -1,50 +1,59 @@
-"""Does lorakit learn as a plain loop of transformers and peft does? Both train on the same blocks for as many steps,
-and the loss over the held-out blocks is printed side by side.
+"""Does lorakit learn as a plain loop of transformers and peft does, on real weights, whatever the base is kept in and
+whichever engine computes it?
 
-    python -m tests.bench.learning --model MODEL --train train.jsonl --test test.jsonl --steps 200
+    python -m tests.bench.learning --model MODEL --train train.jsonl --test test.jsonl [--steps 200] [WAY …]
 
-The plain loop is what their documentation shows: get_peft_model, AdamW, a linear schedule with warm-up, labels of -100
-where nothing is learned, one block after the other without packing tricks (documents of a block don't see each other by
-their positions alone, as transformers does it). It draws its own LoRA matrices.
+Every way trains on the same blocks for as many steps, from the same start; the loss over the held-out blocks is written
+as a table and, with `--picture`, drawn. Ways:
+
+    plain                     a loop of transformers and peft, as their documentation shows it
+    standard-KIND, fast-KIND  `lorakit train` with that engine over a base in KIND (none, fp8, int8, nf4)
+    …-nearest                 with --no-calibrate
+
+Of each adapter of lorakit's follow the held-out loss of the model merged in 16 bits (`lorakit merge`, `lorakit
+evaluate`), and, for one batch and the adapter of standard-none, the cosine between LoRA's gradients over this base and
+over that in 16 bits: of all layers, and the least of a layer. `--jobs` runs ways side by side, on several GPUs in turn.
+
+The plain loop uses AdamW, a linear schedule with warm-up and labels of -100 where nothing is learned. Documents of a
+block don't see each other by their positions alone, as transformers does it. It draws its own LoRA matrices.
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, get_linear_schedule_with_warmup
-
-from lorakit.core.blocks import VALIDATION, Blocks
-from lorakit.core.training.schedule import Schedule
-
-
-def lorakit(*arguments: object) -> Any:
-    command = [sys.executable, "-m", "lorakit", *map(str, arguments), "--quiet", "--json"]
-    ran = subprocess.run(command, capture_output=True, text=True, check=False)
-    if ran.returncode:
-        sys.exit(ran.stderr)
-    return json.loads(ran.stdout)
+WAYS = (
+    *("plain", "standard-none", "standard-int8", "standard-nf4-nearest", "fast-none", "fast-fp8", "fast-fp8-nearest"),
+    *("fast-int8", "fast-nf4", "fast-nf4-nearest"),
+)
+REFERENCE = "standard-none"
 
 
-def plain(model_path: str, blocks_path: Path, asked: argparse.Namespace) -> list[tuple[int, float]]:
+def plain(asked: argparse.Namespace, blocks_path: Path) -> dict[str, Any]:
     """(step, held-out loss) of the plain loop."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, get_linear_schedule_with_warmup
+
+    from lorakit.core.blocks import VALIDATION, Blocks
+    from lorakit.core.training.schedule import Schedule
+
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     torch.manual_seed(1)
-    base = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype).to(device)
+    base = AutoModelForCausalLM.from_pretrained(asked.model, dtype=dtype).to(device)
     lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(base, lora).train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=asked.learning_rate, weight_decay=0.0)
-    warmup = -(-3 * asked.steps // 100)
-    scheduler = get_linear_schedule_with_warmup(optimizer, warmup, asked.steps)
+    scheduler = get_linear_schedule_with_warmup(optimizer, -(-3 * asked.steps // 100), asked.steps)
     blocks, held_out = Blocks(blocks_path), Blocks(blocks_path, VALIDATION)
     schedule = Schedule(len(blocks), asked.batch, asked.steps * asked.batch, 0)
 
@@ -79,38 +88,197 @@ def plain(model_path: str, blocks_path: Path, asked: argparse.Namespace) -> list
         optimizer.zero_grad()
         if (step + 1) % asked.every == 0 or step + 1 == asked.steps:
             found.append((step + 1, evaluated()))
-    return found
+    return {"curve": found}
+
+
+def train(asked: argparse.Namespace, way: str, folder: Path) -> dict[str, Any]:
+    """`lorakit train`, `merge` and `evaluate`: the curve, the loss of the merged model, what was said of the base."""
+    run, merged = folder / way, folder / f"{way}-merged"
+    options = [*way_options(way), "--max-steps", asked.steps, "--eval-steps", asked.every]
+    options += ["--effective-batch-size", asked.batch, "--batch-size", asked.batch, "--no-gradient-checkpointing"]
+    options += ["--learning-rate", asked.learning_rate]
+    blocks = ("--blocks", folder / "blocks")
+    said = lorakit("train", "--model", asked.model, *blocks, "--output", run, *options)[1]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lorakit("merge", run, "--output", merged)
+    on_exact = lorakit("evaluate", merged, *blocks, "--dtype", "bf16" if on_gpu() else "fp32")[0]["loss"]
+    curve = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
+    return {"curve": curve, "merged": on_exact, "said": [line for line in said.splitlines() if "base in " in line]}
+
+
+def way_options(way: str) -> list[object]:
+    engine, kind, *more = way.split("-")
+    return ["--engine", engine, "--quantize", kind, *(["--no-calibrate"] if more else [])]
+
+
+def lorakit(*arguments: object) -> tuple[Any, str]:
+    """What a command answers, and says on the way."""
+    command = [sys.executable, "-m", "lorakit", *map(str, arguments), "--json"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    if ran.returncode:
+        raise SystemExit(ran.stderr)
+    return json.loads(ran.stdout), ran.stderr
+
+
+def on_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def gradients(asked: argparse.Namespace, way: str, folder: Path) -> dict[str, Any]:
+    """LoRA's gradients of one batch, with the reference's adapter, over this way's base; as a file."""
+    import torch
+    from safetensors.torch import save_file
+
+    from lorakit.core.adapters import open_adapter
+    from lorakit.core.attention import apply
+    from lorakit.core.blocks import Blocks
+    from lorakit.core.calibration import CALIBRATION_TOKENS, Calibration
+    from lorakit.core.evaluation import loss_sum
+    from lorakit.core.fast.engine import make_fast
+    from lorakit.core.model import autocast, continue_lora, load_base, make_ready, trained_parameters
+    from lorakit.core.weights import open_weights
+
+    device = torch.device("cuda" if on_gpu() else "cpu")
+    dtype = torch.bfloat16 if on_gpu() else torch.float32
+    engine, kind, *nearest = way.split("-")
+    blocks = Blocks(folder / "blocks")
+    first = blocks.batch(range(-(-CALIBRATION_TOKENS // blocks.size)))
+
+    def loss_of(model: Any) -> float:
+        with torch.no_grad():
+            return loss_sum(model, first).item() / first.trained_tokens
+
+    calibrates = kind in ("fp8", "nf4") and not nearest
+    calibration = Calibration(loss_of, True) if calibrates else None
+    is_fast = engine == "fast"
+    base = load_base(open_weights(Path(asked.model)), dtype, device, kind, fast=is_fast, calibration=calibration)
+    apply(base, "varlen")
+    model = continue_lora(base, open_adapter(folder / REFERENCE, lambda _: None), asked.model)
+    make_ready(model, dtype, checkpointing=False)
+    if is_fast:
+        make_fast(model, kind)
+    batch = blocks.batch(range(len(blocks) - asked.batch, len(blocks)))
+    with autocast(device, dtype):
+        loss = loss_sum(model, batch)
+    (loss / batch.trained_tokens).backward()
+    found = {name: p.grad.float().cpu() for name, p in trained_parameters(model).items() if p.grad is not None}
+    save_file(found, folder / f"{way}.gradients")
+    return {}
+
+
+def cosines(folder: Path, way: str) -> tuple[float, float]:
+    """Between the gradients of a way and of the reference: of all together, and the least of a decoder layer's."""
+    import torch
+    from safetensors.torch import load_file
+
+    ours, theirs = (load_file(folder / f"{name}.gradients") for name in (way, REFERENCE))
+    layers: dict[str, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+    for name, gradient in ours.items():
+        pair = layers.setdefault(name.partition(".layers.")[2].partition(".")[0], ([], []))
+        pair[0].append(gradient.flatten())
+        pair[1].append(theirs[name].flatten())
+    flat = [(torch.cat(one).double(), torch.cat(other).double()) for one, other in layers.values()]
+    of_each = [torch.nn.functional.cosine_similarity(one, other, dim=0).item() for one, other in flat]
+    whole = [torch.cat(side) for side in zip(*flat, strict=True)]
+    return torch.nn.functional.cosine_similarity(whole[0], whole[1], dim=0).item(), min(of_each)
+
+
+def by_itself(asked: argparse.Namespace, part: str, way: str, folder: Path, number: int) -> Any:
+    """A part of a way's work in a process of its own, on the GPU whose turn it is."""
+    rest = ["--model", asked.model, "--steps", asked.steps, "--batch", asked.batch, "--every", asked.every]
+    rest += ["--learning-rate", asked.learning_rate, "--part", part, "--folder", folder, way]
+    environ = {**os.environ, "CUDA_VISIBLE_DEVICES": str(number % asked.gpus)} if asked.gpus else dict(os.environ)
+    command = [sys.executable, "-m", "tests.bench.learning", *map(str, rest)]
+    began = time.monotonic()
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, env=environ)
+    if ran.returncode:
+        say(f"{way} {part} failed: {ran.stderr[-1500:]}")
+        return None
+    say(f"{way} {part}: {time.monotonic() - began:.0f} s")
+    return json.loads(ran.stdout.splitlines()[-1])
+
+
+def picture(results: dict[str, dict[str, Any]], path: str) -> None:
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 5))
+    for way, found in results.items():
+        axes.plot(*zip(*found["curve"], strict=True), label=f"{way} {found['curve'][-1][1]:.4f}", linewidth=1.2)
+    steps = min(len(found["curve"]) for found in results.values())
+    after = [
+        found["curve"][min(2, steps - 1)][1] for found in results.values()
+    ]  # how all begin would hide how they end
+    axes.set(xlabel="step", ylabel="held-out loss", ylim=(None, max(after)))
+    axes.legend(frameon=False)
+    figure.savefig(path, metadata={"Date": None})
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)  # noqa: T201
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("ways", nargs="*", default=WAYS, metavar="WAY")
     parser.add_argument("--model", required=True)
-    parser.add_argument("--train", required=True)
-    parser.add_argument("--test", required=True)
+    parser.add_argument("--train")
+    parser.add_argument("--test")
     parser.add_argument("--columns", default="prompt=question,completion=answer")
     parser.add_argument("--block-size", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--every", type=int, default=50)
-    parser.add_argument("--learning-rate", type=float, default=2e-4)
+    parser.add_argument("--batch", type=int, default=8, help="blocks in a step")
+    parser.add_argument("--every", type=int, default=25)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--gpus", type=int, default=0, help="GPUs to take turns on; 0: as it is")
+    parser.add_argument("--picture", help="file for an SVG of the curves")
+    parser.add_argument("--output", help="file for the results as JSON")
+    parser.add_argument("--part", choices=["train", "gradients"], help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     asked = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        blocks, run = Path(folder) / "blocks", Path(folder) / "run"
+    if asked.part:
+        (way,) = asked.ways
+        work = gradients if asked.part == "gradients" else train
+        found = plain(asked, asked.folder / "blocks") if way == "plain" else work(asked, way, asked.folder)
+        sys.stdout.write("\n" + json.dumps(found) + "\n")
+        return
+    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(asked.jobs) as pool:
+        folder = Path(name)
         data = (asked.train, "--validation-dataset", asked.test, "--columns", asked.columns)
-        lorakit("prepare", *data, "--tokenizer", asked.model, "--block-size", asked.block_size, "--output", blocks)
-        steps = ("--max-steps", asked.steps, "--eval-steps", asked.every, "--effective-batch-size", asked.batch)
-        began = time.monotonic()
-        rate = ("--learning-rate", asked.learning_rate)
-        lorakit("train", "--model", asked.model, "--blocks", blocks, "--output", run, *steps, *rate)
-        between = time.monotonic()
-        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        ours = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
-        theirs = plain(asked.model, blocks, asked)
-        ended = time.monotonic()
-    lines = ["| step | lorakit | transformers + peft |", "|---|---|---|"]
-    lines += [f"| {step} | {our:.4f} | {their:.4f} |" for (step, our), (_, their) in zip(ours, theirs, strict=True)]
-    seconds = f"seconds: {between - began:.0f} and {ended - between:.0f}, start and evaluations included"
-    sys.stdout.write("\n".join([*lines, seconds, ""]))
+        shape = ("--tokenizer", asked.model, "--block-size", asked.block_size)
+        lorakit("prepare", *data, *shape, "--output", folder / "blocks")
+        ways = list(asked.ways)
+
+        def each(part: str, of: list[str]) -> dict[str, Any]:
+            found = pool.map(lambda turn: by_itself(asked, part, turn[1], folder, turn[0]), enumerate(of))
+            return {way: one for way, one in zip(of, found, strict=True) if one is not None}
+
+        results = each("train", ways)
+        others = [way for way in results if way != "plain"] if REFERENCE in results else []
+        compared = {way: cosines(folder, way) for way in each("gradients", others)}
+    for way, one in results.items():
+        one["cosine"] = compared.get(way)
+    if asked.output:
+        Path(asked.output).write_text(json.dumps(results), encoding="utf-8")
+    if asked.picture:
+        picture(results, asked.picture)
+    steps = [step for step, _ in results[ways[0]]["curve"]]
+    shown = sorted({steps[0], steps[len(steps) // 2], steps[-1]})
+    lines = [f"| way | {' | '.join(f'step {step}' for step in shown)} | merged | cosine | least of a layer |"]
+    lines += ["|---" * (len(shown) + 4) + "|"]
+    for way, one in results.items():
+        losses = " | ".join(f"{dict(map(tuple, one['curve']))[step]:.4f}" for step in shown)
+        whole, least = (f"{value:.4f}" for value in one["cosine"]) if one["cosine"] else ("", "")
+        merged = f"{one['merged']:.4f}" if "merged" in one else ""
+        lines.append(f"| {way} | {losses} | {merged} | {whole} | {least} |")
+    for one in results.values():
+        lines += one.get("said", [])
+    sys.stdout.write("\n".join([*lines, ""]))
 
 
 if __name__ == "__main__":
