@@ -31,6 +31,21 @@ def _rows_to_fp8(x, factor, codes, scale, N, LARGEST: tl.constexpr, FOLDS: tl.co
 
 
 @triton.jit
+def _4_bits_to_fp8(packed, absmax, table, codes, scale, K, LARGEST: tl.constexpr, BLOCK: tl.constexpr):
+    """A row of bitsandbytes' 4 bits, two numbers a byte, the first in its upper half, a scale for 64 of them."""
+    row, at, scales = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK), K // 64
+    byte = tl.load(packed + row * (K // 2) + at, at < K // 2, 0).to(tl.int32)
+    of_each = tl.load(absmax + row * scales + at // 32, at < K // 2, 0.0)
+    found = tl.maximum(tl.max(of_each, 0), 1e-30) / LARGEST  # the largest number of either table is 1
+    of_each = of_each / found
+    first, second = tl.load(table + (byte >> 4)) * of_each, tl.load(table + (byte & 15)) * of_each
+    both = tl.interleave(first, second).to(codes.dtype.element_ty)
+    at = tl.arange(0, 2 * BLOCK)
+    tl.store(codes + row * K + at, both, at < K)
+    tl.store(scale + row, found)
+
+
+@triton.jit
 def _transpose(x, y, N, K, BLOCK: tl.constexpr):
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -85,6 +100,46 @@ def _product(
                 for j in tl.range(R // STEP, num_stages=1):
                     total = tl.dot(h_mr.load([m * BM, part * R + j * STEP]), lora_nr.load([n * BN, j * STEP]).T, total)
         out_mn.store([m * BM, n * BN], total.to(tl.bfloat16))
+
+
+@triton.jit
+def _compensate(
+    left,
+    factors,
+    scales,
+    groups,
+    table,
+    between,
+    made,
+    lost,
+    N,
+    K: tl.constexpr,
+    LARGEST: tl.constexpr,
+    TABLE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """Columns of a matrix, which lie here as rows, one after the other: rounded, the error passed on to those below."""
+    n, k = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BLOCK)
+    there = (k[:, None] < K) & (n[None, :] < N)
+    rows = tl.load(left + k[:, None] * N + n[None, :], there, 0.0)
+    for j in range(K):
+        row = tl.sum(tl.where(k[:, None] == j, rows, 0.0), 0)
+        scale = tl.load(scales + tl.load(groups + j) * N + n, n < N, 1.0)
+        scaled = row / scale
+        if TABLE == 0:
+            number = tl.clamp(scaled, -LARGEST, LARGEST).to(tl.float8e4nv).to(tl.float32)
+        else:
+            at = tl.zeros((BN,), tl.int32)
+            for t in tl.static_range(TABLE - 1):
+                at += (scaled > tl.load(between + t)).to(tl.int32)
+            number = tl.load(table + at)
+        number = number * scale
+        error = row - number
+        factor = tl.load(factors + j * K + k, (k > j) & (k < K), 0.0)
+        rows = rows - factor[:, None] * error[None, :]
+        tl.store(made + j * N + n, number, n < N)
+        tl.store(lost + j * N + n, error, n < N)
 
 
 def fits(ends: tuple[int, ...], inputs: int, rank: int) -> bool:
@@ -156,6 +211,15 @@ def rows_to_fp8(x_MN: Tensor, factor_N: Tensor | None) -> tuple[Tensor, Tensor]:
     return codes, scale
 
 
+def fp8_of_4_bits(packed: Tensor, absmax: Tensor, table: Tensor, codes_NK: Tensor, scale_N: Tensor) -> None:
+    """Fill in the codes and scales of rows of bitsandbytes' 4 bits, whose K is a multiple of 64: read and written once,
+    where its own kernel and `rows_to_fp8` move four times as many bytes."""
+    N, K = codes_NK.shape
+    block = triton.next_power_of_2(K // 2)
+    warps = 4 if block <= 2048 else 8
+    _4_bits_to_fp8[(N,)](packed, absmax, table, codes_NK, scale_N, K, LARGEST, block, num_warps=warps)
+
+
 def transposed(codes_NK: Tensor) -> Tensor:
     """The transpose of a matrix of bytes, in a tenth of the time that torch's copy takes."""
     N, K = codes_NK.shape
@@ -163,3 +227,22 @@ def transposed(codes_NK: Tensor) -> Tensor:
     grid = (triton.cdiv(N, 128), triton.cdiv(K, 128))
     _transpose[grid](codes_NK.view(torch.uint8), out.view(torch.uint8), N, K, 128, num_warps=8)
     return out
+
+
+def compensated(
+    left_KN: Tensor,
+    factors_KK: Tensor,
+    scales_GN: Tensor,
+    groups_K: Tensor,
+    table: Tensor | None,
+    between: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Up to 128 columns of a matrix as numbers of a grid, and the errors that they leave to others, both [K, N]: what
+    `calibration` defines, in one launch instead of a thousand."""
+    K, N = left_KN.shape
+    made_KN, lost_KN = torch.empty_like(left_KN), torch.empty_like(left_KN)
+    entries = 0 if table is None else len(table)
+    of_table, edges = (left_KN, left_KN) if table is None or between is None else (table, between)
+    arguments = (left_KN, factors_KK, scales_GN, groups_K, of_table, edges, made_KN, lost_KN, N)
+    _compensate[(triton.cdiv(N, 32),)](*arguments, K, LARGEST, entries, triton.next_power_of_2(K), 32, num_warps=4)
+    return made_KN, lost_KN

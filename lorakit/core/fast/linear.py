@@ -14,7 +14,7 @@ Shapes by suffix: M tokens, N outputs, K inputs, P layers (parts), R rank of one
 import torch
 from torch import Tensor
 
-from lorakit.core.fast.storage import FP8, exact, rounded, rows_to_codes
+from lorakit.core.fast.storage import FP8, exact, parts_of_4_bits, rounded, rows_to_codes, table_of_4_bits
 
 HOPPER = (9, 0)
 """The compute capability whose copy engine and tensor cores `product` is made for."""
@@ -121,13 +121,19 @@ def _fp8(base: list[Tensor], kind: str, ends: list[int], inputs: int) -> tuple[T
     """The base as 8-bit floats [N, K] and the scales of its rows [N]: as it is stored, or rounded for this pass."""
     if kind == "fp8":
         return base[0].view(FP8), base[1]
-    weight_NK = exact(base, kind, ends, inputs, torch.bfloat16)
-    if weight_NK.is_cuda:
-        from lorakit.core.fast import kernels
+    if not base[0].is_cuda:
+        return rows_to_codes(exact(base, kind, ends, inputs, torch.bfloat16), "fp8")
+    from lorakit.core.fast import kernels
 
-        codes, scale = kernels.rows_to_fp8(weight_NK, None)
-        return codes, scale.flatten()
-    return rows_to_codes(weight_NK, "fp8")
+    if kind != "plain" and inputs % 64 == 0:
+        codes_NK = torch.empty(ends[-1], inputs, device=base[0].device, dtype=FP8)
+        scale_N = torch.empty(ends[-1], device=base[0].device)
+        table = table_of_4_bits(kind.split()[0], base[0].device)
+        for start, end, packed, absmax in parts_of_4_bits(base, ends):
+            kernels.fp8_of_4_bits(packed, absmax, table, codes_NK[start:end], scale_N[start:end])
+        return codes_NK, scale_N
+    codes, scale = kernels.rows_to_fp8(exact(base, kind, ends, inputs, torch.bfloat16), None)
+    return codes, scale.flatten()
 
 
 def _transposed(codes: Tensor) -> Tensor:

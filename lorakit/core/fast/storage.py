@@ -4,6 +4,8 @@ have them; and what they are made into for a product.
 Shapes by suffix: N outputs, K inputs.
 """
 
+import functools
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -108,22 +110,33 @@ def exact(tensors: list[Tensor], kind: str, ends: list[int], inputs: int, dtype:
     if kind == "int8":  # rounded once, and read and written once
         made_NK = torch.empty(tensors[0].shape, dtype=dtype, device=tensors[0].device)
         return torch.mul(tensors[0], tensors[1][:, None], out=made_NK)
-    quant_type, size = kind.split()[0], len(tensors) // len(ends)
+    ops: Any = torch.ops.bitsandbytes
     made = [
-        _from_4bit(tensors[part * size : (part + 1) * size], quant_type, (end - start, inputs), dtype)
-        for part, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True))
+        ops.dequantize_4bit(codes, absmax, 64, kind.split()[0], (end - start, inputs), dtype)
+        for start, end, codes, absmax in parts_of_4_bits(tensors, ends)
     ]
     return torch.cat(made) if len(made) > 1 else made[0]
 
 
-def _from_4bit(tensors: list[Tensor], kind: str, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """A matrix that bitsandbytes quantized, by its own kernels (blocks of 64, of their scales of 256)."""
+def parts_of_4_bits(tensors: list[Tensor], ends: list[int]) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+    """Of each layer of a base in 4 bits: its first row and the row behind its last, its codes, and their scales (blocks
+    of 64) in fp32."""
     import bitsandbytes  # noqa: F401 - registers the operators
 
     ops: Any = torch.ops.bitsandbytes
-    codes, absmax, *nested = tensors
-    if nested:
-        scales, code, offset = nested
-        absmax = ops.dequantize_blockwise(absmax, scales, code, 256, torch.float32) + offset
-    made: Tensor = ops.dequantize_4bit(codes, absmax, 64, kind, shape, dtype)
-    return made
+    size = len(tensors) // len(ends)
+    for part, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
+        codes, absmax, *nested = tensors[part * size : (part + 1) * size]
+        if nested:  # blocks of 256 of the scales themselves
+            scales, code, offset = nested
+            absmax = ops.dequantize_blockwise(absmax, scales, code, 256, torch.float32) + offset
+        yield start, end, codes, absmax
+
+
+@functools.cache
+def table_of_4_bits(quant_type: str, device: torch.device) -> Tensor:
+    """The sixteen numbers of nf4 or fp4, by their codes."""
+    from bitsandbytes import functional
+
+    table: Tensor = functional.get_4bit_type(quant_type, device=device)
+    return table
