@@ -20,9 +20,12 @@ FLOORS = (
     ("errors", "events"),
     ("config", "disk", "floats", "intervals", "untrusted", "fast", "fast.storage"),
     ("artifacts", "doctor.finding", "fast.kernels"),
-    ("templates", "weights", "hub", "environment", "elastic", "reporting", "fast.linear", "doctor.trials"),
     (
-        *("records", "profiling", "shapes", "parallel", "tracking", "accelerate_config", "fast.layers"),
+        *("templates", "weights", "hub", "environment", "elastic", "reporting"),
+        *("fast.linear", "doctor.trials", "quantization"),
+    ),
+    (
+        *("records", "profiling", "shapes", "parallel", "tracking", "accelerate_config", "fast.layers", "calibration"),
         *("doctor.packages", "doctor.devices", "doctor.limits", "doctor.storage", "doctor.network", "doctor.report"),
     ),
     (

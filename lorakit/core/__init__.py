@@ -28,8 +28,10 @@ Imports go down only:
                 preparing, model, attention.trials, merging.plan
                   sources, packing, blocks, adapters, offloading, placement, attention.cases, attention.miniature
                     readers, tokenization, attention.implementations, memory, doctor's other kernels
-                      records, profiling, shapes, tracking, accelerate_config, parallel, fast.layers, doctor's others
-                        templates, weights, hub, environment, elastic, reporting, fast.linear, doctor.trials
+                      records, profiling, shapes, tracking, accelerate_config, parallel, fast.layers, calibration,
+                      doctor's others
+                        templates, weights, hub, environment, elastic, reporting, fast.linear, quantization,
+                        doctor.trials
                           artifacts, doctor.finding, fast.kernels
                             config, disk, floats, intervals, untrusted, fast.storage
                               errors, events

@@ -22,6 +22,8 @@ from lorakit.core.errors import UsageError
 Attention = Literal["auto", "varlen", "sdpa", "flex_attention", "eager", "flash_attention_2", "flash_attention_3"]
 Quantization = Literal["none", "int8", "nf4", "fp4", "fp8"]
 IN_8_BITS = ("int8", "fp8")
+CALIBRATED = ("fp8", "nf4", "fp4")
+"""Bases that `--calibrate` rounds by what goes through them; an int8 base has no need of it."""
 Engine = Literal["fast", "standard"]
 Optimizer = Literal[
     "adamw",
@@ -414,6 +416,12 @@ class ModelSection(Section):
         "peft and bitsandbytes (standard). auto: fast on a GPU where model and settings allow it.",
     )
     double_quantization: bool = setting(True, _DOUBLE_QUANTIZATION)
+    calibrate: bool = setting(
+        True,
+        "Round a base in fp8, nf4 or fp4 so that its outputs for some 4,000 tokens of the blocks change least (GPTQ), "
+        "instead of each number to its nearest. Takes a while when a run begins or goes on; not with --parallel fsdp "
+        "or split, nor with --plan.",
+    )
     int8_threshold: float = setting(
         6.0, "Inputs larger than this are multiplied in 16 bits over an 8-bit base (LLM.int8).", ge=0
     )
@@ -1067,6 +1075,8 @@ def _quantization_problems(section: ModelSection | PlannedModelSection) -> Itera
     quantize = section.quantize
     if not section.double_quantization and quantize not in ("nf4", "fp4"):
         yield f"found --no-double-quantization with --quantize {quantize}, need --quantize nf4 or fp4 beside it"
+    if not getattr(section, "calibrate", True) and quantize not in CALIBRATED:
+        yield f"found --no-calibrate with --quantize {quantize}, need --quantize {' or '.join(CALIBRATED)} beside it"
     threshold = getattr(section, "int8_threshold", None)
     if threshold not in (None, ModelSection.model_fields["int8_threshold"].default) and quantize != "int8":
         yield f"found --int8-threshold with --quantize {quantize}, need --quantize int8 beside it"

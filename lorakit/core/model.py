@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
@@ -19,16 +19,17 @@ from peft.utils import ModulesToSaveWrapper
 from safetensors import safe_open
 from torch import Tensor
 from torch.nn import ModuleList
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lorakit.core.adapters import WEIGHTS, Adapter, Change, Replacement, base_folder, match, open_adapter
+from lorakit.core.calibration import Calibration, calibrate
 from lorakit.core.config import IN_8_BITS, LoraKindSection, LoraSection, is_pattern
-from lorakit.core.errors import EnvironmentUnusable, InputRefused, NonFinite, first_line, is_out_of_memory
+from lorakit.core.errors import EnvironmentUnusable, InputRefused, first_line, is_out_of_memory
 from lorakit.core.events import Notice, Report
-from lorakit.core.fast.storage import FrozenLinear
 from lorakit.core.hub import model_folder
 from lorakit.core.offloading import lora_to_devices, offload, offloaded
+from lorakit.core.quantization import Quantizing, move, quantize_layers, say_how
 from lorakit.core.shapes import FAMILIES, Module, Shape, is_called, refuse_uncounted, shape_of
 from lorakit.core.tokenization import Codec, load_tokenizer, quiet_libraries, spec_of
 from lorakit.core.weights import Weights, open_weights
@@ -167,16 +168,6 @@ def _meta_modules(model: PreTrainedModel, layers: str) -> Iterator[Module]:
             yield Module(name, "buffer", elements, layer=layer)
 
 
-class _Quantizing(NamedTuple):
-    """How matrices are kept that are placed one by one."""
-
-    quantize: str
-    dtype: torch.dtype
-    double_quantization: bool
-    by_rows: bool = False
-    """8-bit integers by lorakit's own layer, which keeps no outliers apart, instead of LLM.int8."""
-
-
 def load_base(
     weights: Weights,
     dtype: torch.dtype,
@@ -189,37 +180,37 @@ def load_base(
     int8_threshold: float = 6.0,
     fast: bool = False,
     sharded: bool = False,
+    calibration: Calibration | None = None,
 ) -> PreTrainedModel:
     """The base model, frozen and in evaluation mode, its linear layers quantized while they are loaded; on `device`, or
     where `device_map` says. Layers that `computed_on` names lie in CPU memory and are computed there. `fast`: for the
-    fast engine, which multiplies by 8-bit integers as they are. `sharded`: for FSDP.
+    fast engine, which multiplies by 8-bit integers as they are. `sharded`: for FSDP. `calibration`: rounded by what
+    goes through it, all on `device`.
 
-    Raises InputRefused where transformers can't build it whole.
+    Raises InputRefused where transformers can't build it whole, NonFinite.
     """
-    by_rows = _is_by_rows(quantize, fast=fast)
-    if computed_on or by_rows:
-        # As the files have it, which is read when it is placed: another number type would be a copy of the whole model.
-        model = _from_pretrained(weights, "auto", None, None)
-        quantizing = _Quantizing(quantize, dtype, double_quantization, by_rows=by_rows)
-        places = {**(device_map or {}), **(computed_on or {})} or {"": str(device)}
-        _place(model, quantizing, places, computed_on or ())
+    if quantize == "none" and not computed_on:
+        model = _from_pretrained(weights, dtype, dict(device_map) if device_map else None)
+        model = model if device_map else model.to(device)
     else:
-        quantization = _quantization(quantize, dtype, double_quantization, int8_threshold, sharded=sharded)
-        mapped: Any = dict(device_map) if device_map else {"": device} if quantization else None
-        model = _from_pretrained(weights, dtype, quantization, mapped)
-        model = model if mapped else model.to(device)
-    for module in model.modules():
-        # bitsandbytes would lay 4-bit weights out anew for a CPU's inference, at the first evaluation of a run: with
-        # other rounding, and only where sizes are multiples of 64 (Linear4bit.forward, 0.50)
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+        # As the files have it, which is read when it is placed: another number type would be a copy of the whole model.
+        model = _from_pretrained(weights, "auto", None)
+        by_rows = Quantizing.is_by_rows(quantize, fast=fast)
+        how = Quantizing(quantize, dtype, double_quantization, int8_threshold, by_rows, sharded)
+        if calibration is not None:
+            calibrate(model, decoder_layers(model), how, device, calibration)
+        else:
+            places = {**(device_map or {}), **(computed_on or {})} or {"": str(device)}
+            _place(model, how, places, computed_on or ())
+        model.config.dtype = dtype
+        say_how(model, how)
     model.requires_grad_(False)
     model.config.use_cache = False
     return model.eval()
 
 
 def _from_pretrained(
-    weights: Weights, dtype: torch.dtype | Literal["auto"], quantization: BitsAndBytesConfig | None, places: Any
+    weights: Weights, dtype: torch.dtype | Literal["auto"], places: dict[str, int | str] | None
 ) -> PreTrainedModel:
     try:
         with quiet_libraries():
@@ -231,7 +222,6 @@ def _from_pretrained(
                 use_safetensors=True,
                 trust_remote_code=False,
                 output_loading_info=True,
-                quantization_config=quantization,
                 device_map=places,
             )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, StrictDataclassError) as error:
@@ -253,7 +243,7 @@ def _from_pretrained(
 
 def _place(
     model: PreTrainedModel,
-    how: "_Quantizing",
+    how: Quantizing,
     devices: Mapping[str, int | str],
     in_cpu_memory: Collection[str],
 ) -> None:
@@ -261,16 +251,10 @@ def _place(
     quantized there; then what belongs into CPU memory back there."""
     for name, device in ((name, torch.device(device)) for name, device in devices.items()):
         module = model.get_submodule(name)
-        _quantize(module, model.get_output_embeddings(), how, device)
-        for parameter in module.parameters():
-            if parameter.is_floating_point():
-                parameter.data = parameter.data.to(device, how.dtype)
-        for buffer in module.buffers():
-            buffer.data = buffer.data.to(device)
+        quantize_layers(model, module, how, device)
+        move(module, device, how.dtype)
         if name in in_cpu_memory:
             offload(module, device)
-    model.config.dtype = how.dtype
-    _say_how(model, how)
     if len(set(devices.values())) > 1:  # what crosses over is moved as from_pretrained has it moved: by accelerate
         first, skipped = next(iter(devices.values())), model._skip_keys_device_placement
         add_hook_to_module(model, AlignDevicesHook(first, io_same_device=True, skip_keys=skipped))
@@ -278,98 +262,20 @@ def _place(
             add_hook_to_module(model.get_submodule(name), AlignDevicesHook(place, skip_keys=skipped))
 
 
-def _is_by_rows(quantize: str, *, fast: bool) -> bool:
-    """Whether lorakit's own layer holds a base in 8 bits: floats always, integers for the fast engine."""
-    return quantize == "fp8" or (fast and quantize == "int8")
-
-
-def _say_how(model: PreTrainedModel, how: _Quantizing) -> None:
-    """What PEFT asks a model, to wrap bitsandbytes' layers by its own."""
-    model.is_loaded_in_8bit = how.quantize == "int8" and not how.by_rows
-    model.is_loaded_in_4bit = how.quantize in ("nf4", "fp4")
-
-
-def _quantize(module: torch.nn.Module, head: torch.nn.Module, how: "_Quantizing", device: torch.device) -> None:
-    """Put bitsandbytes' layers in place of a module's linear layers, except the head."""
-    linears = [(name, found) for name, found in module.named_modules() if isinstance(found, torch.nn.Linear)]
-    for name, linear in linears:
-        if linear is not head and how.quantize != "none":
-            there = linear.to(device, how.dtype)
-            if how.by_rows:
-                if not bool(torch.isfinite(there.weight).all()):  # which would become a number like any other
-                    raise NonFinite(
-                        f"{name}: found NaN or infinity in the base's weights, need numbers",
-                        "download the model again, or choose another",
-                    )
-                made: torch.nn.Module = FrozenLinear(there, how.quantize)
-            else:
-                made = quantized(there, how.quantize, how.dtype, how.double_quantization)
-            module.set_submodule(name, made)
-
-
-def _quantization(
-    quantize: str, dtype: torch.dtype, double_quantization: bool, int8_threshold: float, *, sharded: bool = False
-) -> BitsAndBytesConfig | None:
-    """What `--quantize` means to bitsandbytes; embeddings, norms and the head keep the base's number type, which peft's
-    `prepare_model_for_kbit_training` would double to fp32 for nothing."""
-    if quantize == "none":
-        return None
-    if quantize == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=int8_threshold)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=quantize,
-        bnb_4bit_use_double_quant=double_quantization,
-        bnb_4bit_compute_dtype=dtype,
-        # the codes as numbers that may be parameters with gradients: FSDP of torch 2.11 shards nothing else
-        bnb_4bit_quant_storage=dtype if sharded else torch.uint8,
-    )
-
-
 def random_base(
-    config: Mapping[str, Any], quantize: str, dtype: torch.dtype, device: torch.device, *, fast: bool = False
+    config: Mapping[str, Any], kind: str, dtype: torch.dtype, device: torch.device, *, fast: bool = False
 ) -> PreTrainedModel:
     """A model of this config with random weights, as `load_base` gives one: frozen, and quantized."""
     fields = {key: value for key, value in config.items() if key not in ("ids", "model_type", "auto_map")}
     with quiet_libraries(), torch.device(device):
         known = AutoConfig.for_model(str(config["model_type"]), **fields)
         model = AutoModelForCausalLM.from_config(known, dtype=dtype, trust_remote_code=False)
-    if quantize != "none":
-        how = _Quantizing(quantize, dtype, double_quantization=True, by_rows=_is_by_rows(quantize, fast=fast))
-        _quantize(model, model.get_output_embeddings(), how, device)
-        _say_how(model, how)
+    how = Quantizing(kind, dtype, by_rows=Quantizing.is_by_rows(kind, fast=fast))
+    quantize_layers(model, model, how, device)
+    say_how(model, how)
     model.requires_grad_(False)
     model.config.use_cache = False
     return model.eval()
-
-
-def quantized(
-    linear: torch.nn.Linear, quantize: str, dtype: torch.dtype, double_quantization: bool = True
-) -> torch.nn.Module:
-    """bitsandbytes' layer of a linear layer, its weight quantized where it lies."""
-    import bitsandbytes as bnb
-
-    size, bias = (linear.in_features, linear.out_features), linear.bias is not None
-    with torch.device("meta"):
-        if quantize == "int8":
-            made = bnb.nn.Linear8bitLt(*size, bias, has_fp16_weights=False, threshold=6.0)
-        else:
-            made = bnb.nn.Linear4bit(
-                *size,
-                bias,
-                compute_dtype=dtype,
-                compress_statistics=double_quantization,
-                quant_type=quantize,
-            )
-    if quantize == "int8":
-        codes, scales, _ = bnb.functional.int8_vectorwise_quant(linear.weight.detach().to(torch.float16))
-        made.weight = bnb.nn.Int8Params(codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=scales)
-    else:
-        weight = bnb.nn.Params4bit(linear.weight.detach(), requires_grad=False, quant_type=quantize)
-        made.weight = weight.to(linear.weight.device)
-    if bias:
-        made.bias = torch.nn.Parameter(linear.bias.detach(), requires_grad=False)
-    return made
 
 
 def add_lora(
@@ -516,9 +422,10 @@ def let_compilations_differ() -> None:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _COMPILATIONS)
 
 
-def decoder_layers(model: PeftModel) -> ModuleList:
+def decoder_layers(model: PeftModel | PreTrainedModel) -> ModuleList:
     """The decoder layers of a model."""
-    inside = model.get_base_model().base_model.children()
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    inside = base.base_model.children()
     return next(found for found in inside if isinstance(found, ModuleList) and len(found))
 
 

@@ -27,18 +27,17 @@ from lorakit.core.attention import apply  # noqa: E402
 from lorakit.core.blocks import Batch  # noqa: E402
 from lorakit.core.config import TrainConfig  # noqa: E402
 from lorakit.core.fast.engine import make_fast  # noqa: E402
-from lorakit.core.fast.storage import FrozenLinear  # noqa: E402
 from lorakit.core.memory import Bytes, Part, StepMemory, Workload, loss_tokens  # noqa: E402
 from lorakit.core.model import (  # noqa: E402
     add_lora,
     autocast,
     make_ready,
-    quantized,
     trained_names,
     trained_parameters,
 )
 from lorakit.core.offloading import offload, offloaded  # noqa: E402
 from lorakit.core.parallel import alone  # noqa: E402
+from lorakit.core.quantization import Quantizing, quantized  # noqa: E402
 from lorakit.core.shapes import Shape, config_of, shape_of  # noqa: E402
 from lorakit.core.training import loop  # noqa: E402
 from lorakit.core.training.checkpoints import State  # noqa: E402
@@ -170,8 +169,8 @@ def random_base(row: Row, device: torch.device) -> Any:
             setattr(module, key, torch.nn.Parameter(made, requires_grad=False))
         if isinstance(module, torch.nn.Linear) and module is not head and row.quantize != "none":
             parent, _, leaf = name.rpartition(".")
-            own = row.engine == "fast" and row.quantize in ("int8", "fp8")
-            made = FrozenLinear(module, row.quantize) if own else quantized(module, row.quantize, torch.bfloat16)
+            by_rows = Quantizing.is_by_rows(row.quantize, fast=row.engine == "fast")
+            made = quantized(module, Quantizing(row.quantize, torch.bfloat16, by_rows=by_rows))
             setattr(model.get_submodule(parent), leaf, made)
     with torch.device(device):
         model.model.rotary_emb = type(model.model.rotary_emb)(config)

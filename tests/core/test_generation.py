@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from lorakit.core.config import SamplingSection
 from lorakit.core.errors import InputRefused, UsageError
@@ -80,12 +80,13 @@ def test_sampling_is_transformers_own(how: dict[str, Any], tiny_llama: Path) -> 
 @pytest.mark.parametrize("quantize", ["int8", "nf4", "fp4"])
 def test_a_quantized_base_answers_with_its_adapter_and_without(quantize: str, adapter: Path, tiny_llama: Path) -> None:
     """As the same base that bitsandbytes quantizes while stock transformers loads it."""
-    from lorakit.core.model import _quantization
-
     found = opened(adapter, quantize)
     kinds = {type(module).__name__ for module in found.model.modules()}
     assert {"int8": "Linear8bitLt"}.get(quantize, "Linear4bit") in kinds
-    config = _quantization(quantize, torch.float32, True, 6.0)
+    four_bits = {"bnb_4bit_quant_type": quantize, "bnb_4bit_use_double_quant": True}
+    config = BitsAndBytesConfig(
+        **({"load_in_8bit": True} if quantize == "int8" else {"load_in_4bit": True, **four_bits})
+    )
     base = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32, quantization_config=config)
     for module in base.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

@@ -30,7 +30,7 @@ SCRIPT = Path(__file__).with_name("two_processes.py")
 
 KINDS: Mapping[str, tuple[str, ...]] = {
     "fp32": ("--dtype", "fp32"),
-    "nf4": ("--dtype", "fp32", "--quantize", "nf4"),
+    "nf4": ("--dtype", "fp32", "--quantize", "nf4", "--no-calibrate"),  # as fsdp has it
     "bf16": ("--dtype", "bf16"),
     "fp16": ("--dtype", "fp16"),
     "int8": ("--dtype", "fp32", "--quantize", "int8"),

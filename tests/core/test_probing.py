@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lorakit.core import probing
-from lorakit.core.model import quantized
+from lorakit.core.quantization import Quantizing, quantized
 from tests.conftest import Ran, make_llama
 
 Cli = Callable[..., Ran]
@@ -85,7 +85,7 @@ def test_a_layer_quantized_in_place_computes_what_a_loaded_one_does(quantize: st
     options = {"quantization_config": BitsAndBytesConfig(**how), "device_map": {"": "cpu"}}
     loaded = AutoModelForCausalLM.from_pretrained(folder, **options).model.layers[0].self_attn.q_proj
     plain = AutoModelForCausalLM.from_pretrained(folder).model.layers[0].self_attn.q_proj
-    made = quantized(plain, quantize, torch.float32).train()
+    made = quantized(plain, Quantizing(quantize, torch.float32)).train()
     inputs = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(made(inputs), loaded.train()(inputs))
     assert type(made) is type(loaded)

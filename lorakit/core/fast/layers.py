@@ -28,7 +28,8 @@ class Linears:
         self._base, self._kind, self._ends = store(bases)
         sizes = [bases[0].in_features, *(base.out_features for base in bases)]
         self._sizes, self._biases = sizes, [base.bias for base in bases]
-        self._in_fp8 = in_fp8 and all(size % 16 == 0 for size in sizes)  # which 8-bit products need
+        # whose sizes 8-bit products need, and what calibration has left in 16 bits stays exact
+        self._in_fp8 = in_fp8 and all(size % 16 == 0 for size in sizes) and self._kind != "plain"
 
     def __call__(self, x: Tensor) -> list[Tensor]:
         """What each of the layers gives for x [..., K]."""

@@ -106,18 +106,31 @@ def _in_training(adapter: Adapter) -> Rounding | None:
     return None if kind == "none" else Rounding(kind, "bf16" if dtype == "auto" else dtype)
 
 
+def _is_calibrated(adapter: Adapter) -> bool:
+    """Whether the base was rounded by what goes through it, so that its numbers in training can't be made again."""
+    return adapter.artifact is not None and adapter.artifact.facts.get("calibrated") is True
+
+
 def _rounding(config: MergeConfig, weighted: Sequence[Weighted], report: Report) -> Rounding | None:
     """What the base's numbers go through before anything is added: nothing, or what they went through in training."""
     trained = {_in_training(each.adapter) for each in weighted}
+    calibrated = [each.adapter.folder for each in weighted if _is_calibrated(each.adapter)]
     if config.merging.base_precision == "16bit":
         for rounding in filter(None, trained):
+            other = "--base-precision as-trained takes what training saw, --verify full measures both"
             report(
                 Notice(
                     f"trained over a base in {rounding.kind}, merged into its original weights; "
-                    "--base-precision as-trained takes what training saw, --verify full measures both"
+                    + ("it was calibrated to be near those" if calibrated else other)
                 )
             )
         return None
+    if calibrated:
+        raise InputRefused(
+            f"--base-precision as-trained: found {calibrated[0]}, trained over a calibrated base, need one whose "
+            "numbers can be made again",
+            "leave it out: calibration keeps a base near its original weights; or train with --no-calibrate",
+        )
     unknown = [each.adapter.folder for each in weighted if each.adapter.artifact is None]
     if unknown or len(trained) > 1:
         found = f"{unknown[0]} without lorakit's manifest" if unknown else "adapters trained over different bases"
@@ -147,5 +160,6 @@ def _compared(plan: Plan, folder: Path, config: MergeConfig, report: Report) -> 
     """What `--verify full` finds out. Only here models are loaded, and with them torch."""
     from lorakit.core.merging.comparing import compare
 
-    trained = _in_training(plan.adapters[0].adapter)
+    first = plan.adapters[0].adapter
+    trained = None if _is_calibrated(first) else _in_training(first)
     return compare(plan, folder, trained, config.merging.blocks, report)

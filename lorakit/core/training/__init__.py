@@ -56,6 +56,7 @@ class Trained:
     attention: str
     engine: str
     dtype: str
+    calibrated: bool
     already_done: bool
     planned_bytes: int | None = None
     best_step: int | None = None

@@ -20,7 +20,8 @@ from lorakit.core import adapters, artifacts, disk
 from lorakit.core.artifacts import Artifact
 from lorakit.core.attention import apply
 from lorakit.core.blocks import VALIDATION, Batch, Blocks
-from lorakit.core.config import Engine, SamplingSection, TrainConfig, differences, option_name
+from lorakit.core.calibration import CALIBRATION_TOKENS, Calibration
+from lorakit.core.config import CALIBRATED, Engine, SamplingSection, TrainConfig, differences, option_name
 from lorakit.core.environment import free_ram_bytes
 from lorakit.core.errors import (
     ArtifactDamaged,
@@ -244,6 +245,7 @@ class Run:
         """The base with its attention, and LoRA on it."""
         config, world = self.config, self.world
         followed = self.plan if config.devices.plan is not None or config.devices.parallel == "split" else None
+        calibration = self.calibration = self._calibration(followed)
         base = load_base(
             weights,
             dtype,
@@ -254,7 +256,10 @@ class Run:
             int8_threshold=config.model.int8_threshold,
             fast=self.state.engine == "fast",
             sharded=world.parallel == "fsdp",
+            calibration=calibration,
         )
+        if calibration is not None:
+            self.report(Notice(calibration.told(config.model.quantize, dtype_name(dtype))))
         self.state.attention = _attention(base, config, self.state.attention, self.report)
         self.report(Notice(f"attention: {self.state.attention}"))
         if self.plan is not None:
@@ -275,6 +280,24 @@ class Run:
             model = add_lora(base, config.lora, config.batch.seed, name, kind, new_tokens)
         self.is_longer = base.get_input_embeddings().weight.shape[0] > rows
         return model
+
+    def _calibration(self, followed: Plan | None) -> Calibration | None:
+        """What a quantized base is rounded by, and measured on: the first of the blocks. None where it doesn't lie on
+        one device."""
+        kind, size = self.config.model.quantize, self.blocks.size
+        if kind == "none":
+            return None
+        apart = followed is not None and (followed.computed_on or len(set(followed.device_map.values())) > 1)
+        if self.world.parallel == "fsdp" or apart:
+            self.report(Notice(f"base in {kind}, rounded to the nearest: calibration needs it on one device"))
+            return None
+        batch = self.blocks.batch(range(min(len(self.blocks), -(-CALIBRATION_TOKENS // size))))
+
+        def loss_of(model: Any) -> float:
+            with torch.no_grad():
+                return loss_sum(model, batch).item() / max(batch.trained_tokens, 1)
+
+        return Calibration(loss_of, self.config.model.calibrate and kind in CALIBRATED)
 
     def _load(self, checkpoint: Artifact) -> None:
         tensors, states, self.state = read(checkpoint)
@@ -532,6 +555,7 @@ class Run:
             "attention": state.attention,
             "engine": state.engine,
             "dtype": state.dtype,
+            "calibrated": self.calibration is not None and self.calibration.compensates,
             "best_step": state.best_step or None,
             "eval_loss": state.best_loss,
             "adapter_step": state.best_step if best else state.step,

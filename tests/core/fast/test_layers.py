@@ -13,7 +13,8 @@ from lorakit.core.fast import layers
 from lorakit.core.fast.engine import make_fast
 from lorakit.core.fast.layers import Linears
 from lorakit.core.fast.storage import FrozenLinear
-from lorakit.core.model import checkpoint_activations, quantized
+from lorakit.core.model import checkpoint_activations
+from lorakit.core.quantization import Quantizing, quantized
 
 SHAPE = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
 SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
@@ -46,7 +47,7 @@ def base_of(family: str, quantize: str = "none", **more: Any) -> Any:
     for name, module in list(model.named_modules()):
         if isinstance(module, torch.nn.Linear) and module is not head and quantize != "none":
             own = quantize in ("int8", "fp8")
-            made = FrozenLinear(module, quantize) if own else quantized(module, quantize, torch.float32)
+            made = FrozenLinear(module, quantize) if own else quantized(module, Quantizing(quantize, torch.float32))
             model.set_submodule(name, made)
     model.config.use_cache = False
     return model.requires_grad_(False)

@@ -97,11 +97,11 @@ def test_8_bit_products_are_those_of_the_formulas() -> None:
 def test_what_is_stored_otherwise_is_rounded_for_each_pass(kind: str) -> None:
     """An 8-bit product over 4-bit codes is that over the numbers that they stand for."""
     from lorakit.core.fast.storage import exact
-    from lorakit.core.model import quantized
+    from lorakit.core.quantization import Quantizing, quantized
 
     torch.manual_seed(0)
     plain = torch.nn.Linear(64, 64, bias=False)
-    layer = quantized(plain, kind, torch.float32) if kind == "nf4" else FrozenLinear(plain, kind)
+    layer = quantized(plain, Quantizing(kind, torch.float32)) if kind == "nf4" else FrozenLinear(plain, kind)
     base, x = store([layer]), torch.randn(5, 64, requires_grad=True)
     numbers = torch.nn.Linear(64, 64, bias=False)
     numbers.weight.data.copy_(exact(base.tensors, base.kind, base.ends, 64, torch.bfloat16))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lorakit.core.fast.storage import FP8, FrozenLinear, exact, rows_to_codes, store
-from lorakit.core.model import quantized
+from lorakit.core.quantization import Quantizing, quantized
 
 
 def linear(outputs: int, inputs: int, *, bias: bool = False, seed: int = 0) -> torch.nn.Linear:
@@ -56,7 +56,7 @@ def test_a_row_of_zeros_is_zeros() -> None:
 @pytest.mark.parametrize("double", [True, False])
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 def test_4_bit_layers_side_by_side_are_what_bitsandbytes_makes_of_each(kind: str, double: bool) -> None:
-    layers = [quantized(linear(size, 128, seed=size), kind, torch.float32, double) for size in (64, 32, 96)]
+    layers = [quantized(linear(size, 128, seed=size), Quantizing(kind, torch.float32, double)) for size in (64, 32, 96)]
     stored = store(layers)
     assert stored.ends == [64, 96, 192]
     found = exact(stored.tensors, stored.kind, stored.ends, 128, torch.float32)
