@@ -23,6 +23,7 @@ Attention = Literal["auto", "varlen", "sdpa", "flex_attention", "eager", "flash_
 Quantization = Literal["none", "int8", "nf4", "fp4", "fp8"]
 IN_8_BITS = ("int8", "fp8")
 Engine = Literal["fast", "standard"]
+AskedEngine = Literal["auto", "fast", "standard"]
 Optimizer = Literal[
     "adamw",
     "adamw_8bit",
@@ -408,7 +409,7 @@ class ModelSection(Section):
         "varlen where a small proof finds it right.",
     )
     quantize: Quantization = setting("none", _QUANTIZE)
-    engine: Literal["auto", "fast", "standard"] = setting(
+    engine: AskedEngine = setting(
         "auto",
         "What computes the decoder layers: lorakit's own code for Llama, Mistral and Qwen (fast), or transformers, "
         "peft and bitsandbytes (standard). auto: fast on a GPU where model and settings allow it.",
@@ -645,7 +646,7 @@ class PlannedModelSection(Section):
         "auto", "Number type of the base. auto: bf16 on GPUs, fp32 on a CPU."
     )
     quantize: Quantization = setting("none", _QUANTIZE)
-    engine: Literal["auto", "fast", "standard"] = setting(
+    engine: AskedEngine = setting(
         "auto", "What train will compute the decoder layers with. auto: fast where train would take it, on new GPUs."
     )
     double_quantization: bool = setting(True, _DOUBLE_QUANTIZATION)

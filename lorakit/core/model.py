@@ -516,10 +516,10 @@ def let_compilations_differ() -> None:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _COMPILATIONS)
 
 
-def decoder_layers(model: PeftModel) -> ModuleList:
+def decoder_layers(model: PreTrainedModel | PeftModel) -> ModuleList:
     """The decoder layers of a model."""
-    inside = model.get_base_model().base_model.children()
-    return next(found for found in inside if isinstance(found, ModuleList) and len(found))
+    whole: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    return next(found for found in whole.base_model.children() if isinstance(found, ModuleList) and len(found))
 
 
 def leave_casts_to_autocast(model: PeftModel) -> None:

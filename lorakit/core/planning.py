@@ -6,12 +6,13 @@ out by transformers.
 
 import json
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from lorakit.core import disk
 from lorakit.core.config import IN_8_BITS, Engine, PlanDevicesConfig, option_name
+from lorakit.core.engines import lacking
 from lorakit.core.environment import free_gpu_bytes, free_ram_bytes
 from lorakit.core.errors import UsageError
 from lorakit.core.events import Notice, Report
@@ -72,7 +73,8 @@ def plan_devices(config: PlanDevicesConfig, report: Report) -> Planned:
     Raises UsageError (settings that contradict), InputRefused (an unknown model, a mixture of experts, a config that
     lacks fields, a target that matches nothing), HubFailed, DiskFailed.
     """
-    shape = find_shape(config.model.model, report)
+    base = config_of(config.model.model)
+    shape = find_shape(config.model.model, base, report)
     budgets = _budgets(config, report)
     on_cpu = list(budgets) == ["cpu"]
     dtype = ("fp32" if on_cpu else "bf16") if config.model.dtype == "auto" else config.model.dtype
@@ -83,7 +85,7 @@ def plan_devices(config: PlanDevicesConfig, report: Report) -> Planned:
     block, batch = config.batch.block_size, config.batch.batch_size
     first = (512 if block == "auto" else block, 1 if batch == "auto" else batch)
     accumulates = config.batch.gradient_accumulation_steps > 1
-    engine = _engine(config, shape, dtype, on_cpu=on_cpu)
+    engine = _engine(config, base, dtype, on_cpu=on_cpu)
     work = Workload.of(config, dtype, *first, accumulates=accumulates, on_gpu=not on_cpu, engine=engine)
     work = replace(work, loss_tokens=loss_tokens(engine, shape.vocab_size))
 
@@ -91,7 +93,7 @@ def plan_devices(config: PlanDevicesConfig, report: Report) -> Planned:
     if config.plan.probe:
         from lorakit.core.probing import probe
 
-        probed = probe(config.model.model, config_of(config.model.model), work, config.lora, on_gpu=not on_cpu)
+        probed = probe(config.model.model, base, work, config.lora, on_gpu=not on_cpu)
     factor = probed.factor if probed else 1.0
 
     def planned(work: Workload) -> Plan:
@@ -119,21 +121,14 @@ def plan_devices(config: PlanDevicesConfig, report: Report) -> Planned:
     return Planned(plan, suggestions, compared, probed, moved)
 
 
-def _engine(config: PlanDevicesConfig, shape: Shape, dtype: str, *, on_cpu: bool) -> Engine:
+def _engine(config: PlanDevicesConfig, base: Mapping[str, Any], dtype: str, *, on_cpu: bool) -> Engine:
     """The engine that train will take on one device or on copies, as far as it doesn't depend on the GPU itself. Raises
     UsageError where one is asked for that these settings can't have."""
-    asked = config.model.engine
-    reasons = {
-        f"the model type {shape.model_type!r}": not shape.known,
-        f"--lora-dropout {config.lora.lora_dropout:g}": config.lora.lora_dropout > 0,
-        "--dtype fp16": dtype == "fp16",
-        "--output, a plan that lays layers out over devices": config.plan.output is not None,
-    }
-    reason = next((reason for reason, holds in reasons.items() if holds), None)
-    needed = _needing_fast(config)
+    layout = "--output" if config.plan.output is not None else None
+    reason, needed = lacking(base, dtype, config.lora.model_dump(), layout=layout), _needing_fast(config)
     if needed is not None and reason is not None:
-        raise UsageError(f"{needed}: found {reason}, need what the fast engine can do", "change one of them")
-    if reason is not None or asked == "standard" or (on_cpu and needed is None):
+        raise UsageError(f"{needed}: found that {reason}; need what the fast engine can do", "change one of them")
+    if reason is not None or config.model.engine == "standard" or (on_cpu and needed is None):
         return "standard"
     return "fast"
 
@@ -182,9 +177,8 @@ def next_command(config: PlanDevicesConfig, plan: Plan) -> str:
     return shlex.join(["lorakit", "train", "--model", ids[0], *options, *where])
 
 
-def find_shape(name: str, report: Report) -> Shape:
-    """The shape of a built-in model, a folder's or the Hub's. Raises InputRefused, HubFailed."""
-    config = config_of(name)
+def find_shape(name: str, config: Mapping[str, Any], report: Report) -> Shape:
+    """The shape of a model by its config. Raises InputRefused."""
     if config.get("model_type") in FAMILIES or not config.get("model_type"):
         return shape_of(name, config)  # without torch
     from lorakit.core.model import shape_for

@@ -302,10 +302,15 @@ def test_what_only_the_fast_engine_can_do_is_planned_where_it_can_be_had(cli: Cl
 def test_what_the_fast_engine_cant_do_is_refused_by_name(cli: Cli, tmp_path: Path) -> None:
     ran = cli("plan-devices", "llama-7b", "--gpus", "24GiB", "--engine", "fast", "--lora-dropout", 0.1)
     assert ran.code == 2
-    assert "error: --engine fast: found --lora-dropout 0.1, need what the fast engine can do" in ran.err
+    assert (
+        "error: --engine fast: found that LoRA has a dropout of 0.1, not 0; need what the fast engine can do" in ran.err
+    )
     assert "hint: change one of them" in ran.err
     ran = cli("plan-devices", "llama-7b", "--gpus", "24GiB", "--quantize", "fp8", "--output", tmp_path / "plan.json")
-    assert "error: --quantize fp8: found --output, a plan that lays layers out over devices" in ran.err
+    assert "error: --quantize fp8: found that --output lays layers out over devices; need" in ran.err
+    drops = make_llama(tmp_path / "drops", attention_dropout=0.1)
+    ran = cli("plan-devices", drops, "--gpus", "24GiB", "--engine", "fast")
+    assert "error: --engine fast: found that the model has attention_dropout 0.1; need" in ran.err
     ran = cli("plan-devices", "llama-7b", "--gpus", "2x24GiB", "--quantize", "fp8")
     assert ran.code == 2
     assert "--quantize fp8: found split over 2 devices, need one GPU, or copies of the model" in ran.err

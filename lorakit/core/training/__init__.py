@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from lorakit.core import artifacts, disk
-from lorakit.core.adapters import WEIGHTS, open_adapter
+from lorakit.core.adapters import WEIGHTS, Adapter, open_adapter
 from lorakit.core.artifacts import Artifact
 from lorakit.core.blocks import Blocks
 from lorakit.core.config import TrainConfig
@@ -84,7 +84,7 @@ def train(
         config = config.settled(num_processes=max(1, world.size // config.devices.num_machines))
         with world.together():
             blocks = Blocks(folders)
-            weights, parents = _inputs(config, world)
+            weights, adapter, parents = _inputs(config, world, report)
             parents["blocks"] = blocks.fingerprint
         place = None
         with world.together():
@@ -97,7 +97,7 @@ def train(
             folder, newest = world.share(place.shared if place else None)
             with world.together():
                 checkpoint = artifacts.open_artifact(Path(newest), "checkpoint") if newest else None
-                run = Run(config, Path(folder), blocks, weights, parents, checkpoint, world, report)
+                run = Run(config, Path(folder), blocks, weights, adapter, parents, checkpoint, world, report)
             facts, already = run.go(should_stop), False
         if place and place.folder != target:
             artifacts.replace(place.folder, target)
@@ -189,19 +189,20 @@ def _claim(
         return _Place(beside)
 
 
-def _inputs(config: TrainConfig, world: World) -> tuple[Weights, dict[str, str]]:
-    """The base's weights, and the fingerprints of the base and of the adapter to begin with; hashed by the first
-    process, and by the others found in its cache."""
+def _inputs(config: TrainConfig, world: World, report: Report) -> tuple[Weights, Adapter | None, dict[str, str]]:
+    """The base's weights, the adapter to begin with, and the fingerprints of both; hashed by the first process, and by
+    the others found in its cache."""
     found: dict[str, str] = {}
+    adapter = None
     for turn in (True, False):
         with world.together():
             if world.is_first is turn:
                 weights = open_weights(model_folder(config.model.model))
                 found["base"] = weights.fingerprint
                 if config.lora_kind.adapter is not None:
-                    adapter = open_adapter(model_folder(config.lora_kind.adapter), lambda _: None)
+                    adapter = open_adapter(model_folder(config.lora_kind.adapter), report)
                     found["adapter"] = disk.sha256(adapter.folder / WEIGHTS)
-    return weights, found
+    return weights, adapter, found
 
 
 @contextmanager
