@@ -710,7 +710,9 @@ class PlanSection(Section):
     output: PathSetting | None = setting(
         None, "File to write the plan to, for `lorakit train --plan`.", metavar="FILE", decides_result=False
     )
-    compare: bool = setting(False, "Show every way of sharing the work with every kind of base.", decides_result=False)
+    compare: bool = setting(
+        False, "Show every way of sharing the work with every kind of base that it can have.", decides_result=False
+    )
     probe: bool = setting(
         False,
         "On the machine that will train: run one layer of random weights in train's own step, and correct the plan.",
