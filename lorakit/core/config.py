@@ -98,16 +98,18 @@ def setting(
     need: str | None = None,
     repeated: bool = False,
     decides_result: bool = True,
+    before: tuple[object, ...] = (),
     **bounds: float,
 ) -> Any:
-    """A field of a section. `need` says what a value must be where the type alone doesn't.
+    """A field of a section. `need` says what a value must be where the type alone doesn't; `before`, what agrees with
+    work from before there was this setting: first what that was made with.
 
     `decides_result=False` marks what can't change the bytes of an artifact (where it is written, how often it is
     logged) or what its parents' fingerprints say already (where an input lies): such a setting may differ when the
     same work is asked for again.
     """
-    extra = {"positional": positional, "short": short, "metavar": metavar, "need": need}
-    extra |= {"repeated": repeated, "decides_result": decides_result}
+    extra: dict[str, Any] = {"positional": positional, "short": short, "metavar": metavar, "need": need}
+    extra |= {"repeated": repeated, "decides_result": decides_result, "before": before}
     return Field(default, description=help, json_schema_extra=extra, **bounds)  # type: ignore[call-overload]
 
 
@@ -413,6 +415,7 @@ class ModelSection(Section):
         "auto",
         "What computes the decoder layers: lorakit's own code for Llama, Mistral and Qwen (fast), or transformers, "
         "peft and bitsandbytes (standard). auto: fast on a GPU where model and settings allow it.",
+        before=("standard", "auto"),
     )
     double_quantization: bool = setting(True, _DOUBLE_QUANTIZATION)
     int8_threshold: float = setting(
@@ -511,7 +514,10 @@ class BatchSection(Section):
     epochs: float = setting(1.0, "Passes over the blocks.", gt=0)
     max_steps: int | None = setting(None, "Optimizer steps, instead of --epochs.", ge=1)
     extend: bool = setting(
-        False, "Go on with a run that was made for fewer --epochs or --max-steps.", decides_result=False
+        False,
+        "Go on with a run that was made for fewer --epochs or --max-steps, with the blocks that come next; where its "
+        "last step was short, that step stays so.",
+        decides_result=False,
     )
     gradient_checkpointing: bool = setting(
         True, "Recompute activations in the backward pass: much less memory, about a third more time."

@@ -91,7 +91,8 @@ def train(
             if world.is_first:
                 place = _claim(config, target, blocks, parents, report, locks)
         if world.share(place.done is not None if place else None):
-            facts = dict(place.done.facts) if place and place.done else {}
+            # one from before there were two engines says nothing of them
+            facts = {"engine": "standard", **place.done.facts} if place and place.done else {}
             already = bool(place and place.folder == target)
         else:
             folder, newest = world.share(place.shared if place else None)
@@ -137,7 +138,6 @@ def _claim(
         locks.enter_context(artifacts.lock(folder))
         artifacts.sweep(folder / CHECKPOINTS)
     may_differ = EXTENDS if config.batch.extend else ()
-    steps = schedule_of(config, blocks).steps
 
     def found_in(folder: Path, *, replaceable: bool) -> _Place | None:
         done = artifacts.claim(
@@ -153,18 +153,20 @@ def _claim(
         checkpoints = Checkpoints(folder, config, parents, report)
         other = {name: done.config.get(name) for name in may_differ} if done is not None else {}
         if done is not None and other != {name: config.flat()[name] for name in may_differ}:
+            checkpoint = checkpoints.newest(may_differ)
+            if checkpoint is None:
+                raise InputRefused(
+                    f"{folder}: found an adapter without its checkpoints, need one to go on from",
+                    "begin a new run with --adapter and this folder: it has the weights, but no optimizer's states",
+                )
+            steps = schedule_of(config, blocks, checkpoint).steps
             if done.facts["steps"] >= steps:
                 raise UsageError(
                     f"--extend: found {folder} with {done.facts['steps']} steps already, need more than these",
                     f"raise --max-steps or --epochs: these settings mean {steps} steps",
                 )
-            if checkpoints.newest(may_differ) is None:
-                raise InputRefused(
-                    f"{folder}: found an adapter without its checkpoints, need one to go on from",
-                    "begin a new run with --adapter and this folder: it has the weights, but no optimizer's states",
-                )
             artifacts.reopen(folder, UNFINISHED)
-            done = None
+            return _Place(folder, checkpoint)
         if done is not None:
             return _Place(folder, done=done)
         if artifacts.is_artifact(folder):

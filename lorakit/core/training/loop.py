@@ -107,7 +107,7 @@ class Run:
         self.held_out = Blocks([artifact.path for artifact in blocks.artifacts], VALIDATION)
         self.prompts = _read_prompts(config.evaluation.sample_prompts)
         self._require_usable()
-        self.schedule = schedule_of(config, blocks)
+        self.schedule = schedule_of(config, blocks, checkpoint)
         self.learning_rate = LearningRate(config, self.schedule.steps)
         self.state = State()
         if checkpoint is not None:
@@ -584,11 +584,15 @@ class Run:
         }
 
 
-def schedule_of(config: TrainConfig, blocks: Blocks) -> Schedule:
-    """Which blocks each step of a run takes."""
+def schedule_of(config: TrainConfig, blocks: Blocks, checkpoint: Artifact | None) -> Schedule:
+    """Which blocks each step of a run takes, from a checkpoint on."""
     batch, per_step = config.batch, config.blocks_per_step
-    wanted = batch.max_steps * per_step if batch.max_steps else max(1, round(batch.epochs * len(blocks)))
-    return Schedule(len(blocks), per_step, wanted, batch.seed)
+    facts = checkpoint.facts if checkpoint is not None else {"step": 0, "tokens": 0}
+    step, taken = facts["step"], facts["tokens"] // blocks.size
+    wanted = max(1, round(batch.epochs * len(blocks)))
+    if batch.max_steps:
+        wanted = taken + (batch.max_steps - step) * per_step
+    return Schedule(len(blocks), per_step, wanted, batch.seed, step, taken)
 
 
 def _attention(base: Any, config: TrainConfig, begun_with: str, report: Report) -> str:
