@@ -786,6 +786,15 @@ class AnyModelSection(Section):
     quantize: Quantization = setting("none", _QUANTIZE)
 
 
+class EvaluationEngineSection(Section):
+    title = "Model"
+    engine: AskedEngine = setting(
+        "auto",
+        "What computes the decoder layers for the loss, as in train; answers, one token after the other, are always "
+        "transformers' and peft's. auto: fast on a GPU where the model allows it.",
+    )
+
+
 class ChatSection(Section):
     title = "Conversation"
     prompt: tuple[str, ...] = setting(
@@ -1256,6 +1265,7 @@ class ChatConfig(StepConfig):
 
 class EvaluateConfig(StepConfig):
     model: AnyModelSection
+    computing: EvaluationEngineSection
     data: EvaluationDataSection
     rows: EvaluationRowsSection
     matching: ExactMatchSection
