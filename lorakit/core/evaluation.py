@@ -38,7 +38,7 @@ from lorakit.core.exact_match import Matches, answer_all, references
 from lorakit.core.fast.engine import make_fast
 from lorakit.core.intervals import Interval, ratio_interval
 from lorakit.core.memory import LOSS_TOKENS
-from lorakit.core.model import Opened, open_model, require_vocabulary
+from lorakit.core.model import Opened, open_model, require_positions, require_vocabulary
 from lorakit.core.parallel import World
 from lorakit.core.preparing import Question, prepare, questions
 from lorakit.core.shapes import CHANGES_LOGITS
@@ -207,6 +207,7 @@ def evaluate(config: EvaluateConfig, report: Report) -> Evaluation:
     else:
         blocks = Blocks(folders)
     require_vocabulary(opened.model, blocks.largest_id(), blocks.path)
+    require_positions(opened.model, blocks, report)
     passes: list[tuple[str, Callable[[], Any]]] = [("", nullcontext)]
     if opened.kept_on is not None:
         report(Notice(f"no base beside it: the adapter replaces its {opened.kept_on}; evaluate the base by itself"))

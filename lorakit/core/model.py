@@ -24,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lorakit.core import engines
 from lorakit.core.adapters import WEIGHTS, Adapter, Change, Replacement, base_folder, match, open_adapter
+from lorakit.core.blocks import Blocks
 from lorakit.core.config import IN_8_BITS, AskedEngine, Engine, LoraKindSection, LoraSection, is_pattern
 from lorakit.core.errors import EnvironmentUnusable, InputRefused, NonFinite, first_line, is_out_of_memory
 from lorakit.core.events import Notice, Report
@@ -301,7 +302,7 @@ def _quantize(module: torch.nn.Module, head: torch.nn.Module, how: "_Quantizing"
             if how.by_rows:
                 if not bool(torch.isfinite(there.weight).all()):  # which would become a number like any other
                     raise NonFinite(
-                        f"{name}: found NaN or infinity in the base's weights, need numbers",
+                        f"{name}.weight: found NaN or infinity in the base's weights, need numbers",
                         "download the model again, or choose another",
                     )
                 made: torch.nn.Module = FrozenLinear(there, how.quantize)
@@ -695,6 +696,24 @@ def require_vocabulary(model: Any, largest_id: int, place: Path) -> None:
         raise InputRefused(
             f"{place}: found the token id {largest_id}, need ids below the model's {vocabulary}",
             "prepare the blocks with this model's tokenizer",
+        )
+
+
+def require_positions(model: Any, blocks: Blocks, report: Report) -> None:
+    """Says where documents are longer than the model was made for. Raises InputRefused where it has no such positions:
+    angles (RoPE) go on, a table of positions ends."""
+    config = model.config.get_text_config()
+    most = getattr(config, "max_position_embeddings", None)
+    if not most or blocks.size <= most:
+        return
+    rotary = any(name.startswith("rope") for name in config.to_dict())
+    tokens = blocks.largest_position(trained=rotary) + 1
+    if tokens > most and rotary:
+        report(Notice(f"documents of up to {tokens:,} tokens: more than the {most:,} that the model was made for"))
+    elif tokens > most:
+        raise InputRefused(
+            f"{blocks.path}: found {tokens} tokens in a row, need at most {most}: the model knows no more positions",
+            f"`lorakit prepare … --block-size {most}`",
         )
 
 

@@ -55,6 +55,7 @@ from lorakit.core.model import (
     make_ready,
     pick_dtype,
     require_device,
+    require_positions,
     require_vocabulary,
     shape_for,
     trained_names,
@@ -138,6 +139,7 @@ class Run:
         self.model = self._make_model(weights, adapter, dtype)
         for part in (blocks, self.held_out):
             require_vocabulary(self.model, part.largest_id(), blocks.path)
+            require_positions(self.model, part, report)
         if blocks.template is not None:
             self.tokenizer.chat_template = blocks.template  # whoever talks with the adapter asks as it was trained
         make_ready(self.model, dtype, checkpointing=config.batch.gradient_checkpointing)
