@@ -198,7 +198,7 @@ def test_documents_beyond_what_a_model_was_made_for_are_said(
     assert losses(tmp_path / "fast") == pytest.approx(losses(tmp_path / "standard"), rel=1e-5)
     rows.write_text('{"prompt": "x", "completion": "y"}\n')
     assert cli(*given, "--output", tmp_path / "many").code == 0
-    ran = train("many", "--max-steps", 1, model=folder, data=tmp_path / "many")
+    ran = train("other", "--max-steps", 1, model=folder, data=tmp_path / "many")
     assert ran.code == 0
     assert "made for" not in ran.err
 
