@@ -60,11 +60,11 @@ def lacking(
     """
     family, dropout = model.get("model_type"), model.get("attention_dropout") or 0
     saved = sorted({name for one in lora for name in one.get("modules_to_save") or ()} - _OUTSIDE)
-    lora_dropout = max((one.get("lora_dropout") or 0 for one in lora), default=0)
+    lora_dropout = next((found for one in lora if (found := one.get("lora_dropout"))), 0)
     reasons = {
         f"the model type is {family!r}, not one of {', '.join(FAMILIES)}": family not in FAMILIES,
-        f"the model has attention_dropout {dropout}": dropout > 0,
-        f"LoRA has a dropout of {lora_dropout:g}, not 0": lora_dropout > 0,
+        f"the model has attention_dropout {dropout}": dropout != 0,  # whatever a config holds
+        f"LoRA has a dropout of {lora_dropout}, not 0": lora_dropout != 0,
         "LoRA is DoRA (--use-dora)": any(one.get("use_dora") for one in lora),
         "the adapter trains biases": any(one.get("lora_bias") or one.get("bias") not in (None, "none") for one in lora),
         f"--modules-to-save has {', '.join(saved)}": bool(saved),

@@ -16,6 +16,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 REFUSED: list[tuple[dict[str, Any], str, dict[str, Any], dict[str, Any], str]] = [
     ({"model_type": "gpt2"}, "bf16", {}, {}, "the model type is 'gpt2', not one of llama"),
     ({**LLAMA, "attention_dropout": 0.1}, "bf16", {}, {}, "the model has attention_dropout 0.1"),
+    ({**LLAMA, "attention_dropout": "much"}, "bf16", {}, {}, "the model has attention_dropout much"),
     (LLAMA, "fp16", {}, {}, "it is --dtype fp16"),
     (LLAMA, "bf16", {"lora_dropout": 0.05}, {}, "LoRA has a dropout of 0.05, not 0"),
     (LLAMA, "bf16", {"use_dora": True}, {}, "LoRA is DoRA (--use-dora)"),
