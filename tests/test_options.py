@@ -255,14 +255,15 @@ TYPED: list[tuple[type[StepConfig], str, dict[str, Any]]] = [
     ),
     (
         EvaluateConfig,
-        "m --base b --dtype fp16 --quantize fp4 --dataset /b --dataset /c --batch-size 3 --split s --subset t "
-        "--revision r --columns prompt=q --template none --block-size 64 --limit 9 --exact-match "
+        "m --base b --dtype fp16 --quantize fp4 --engine fast --dataset /b --dataset /c --batch-size 3 --split s "
+        "--subset t --revision r --columns prompt=q --template none --block-size 64 --limit 9 --exact-match "
         "--answer-pattern x(.*) --max-new-tokens 5 --rows-at-once 2",
         {
             "model": "m",
             "base": "b",
             "dtype": "fp16",
             "quantize": "fp4",
+            "engine": "fast",
             "blocks": [],
             "dataset": ["/b", "/c"],
             "batch_size": 3,

@@ -29,7 +29,7 @@ FLOORS = (
         *("doctor.packages", "doctor.devices", "doctor.limits", "doctor.storage", "doctor.network", "doctor.report"),
     ),
     (
-        *("readers", "tokenization", "attention.implementations", "memory"),
+        *("readers", "tokenization", "attention.implementations", "memory", "engines"),
         *("doctor.cuda", "doctor.bitsandbytes", "doctor.processes"),
     ),
     ("sources", "packing", "blocks", "adapters", "offloading", "attention.cases", "attention.miniature", "placement"),
@@ -52,6 +52,7 @@ WITHOUT_TORCH = (
     *(
         "shapes",
         "memory",
+        "engines",
         "readers",
         "tokenization",
         "sources",

@@ -257,11 +257,20 @@ def refuse_other_work(
 ) -> None:
     """Raises Mismatch with the differences where `artifact` comes from other settings or inputs than these."""
     wanted = {name: value for name, value in config.identity().items() if name not in may_differ}
-    changed = differences({name: artifact.config.get(name) for name in wanted}, wanted)
+    changed = differences({name: _made_with(artifact, config, name, value) for name, value in wanted.items()}, wanted)
     changed += differences(artifact.parents, parents)
     if changed:
         listed = "\n  ".join(changed)
         raise Mismatch(f"{artifact.path}: found {artifact.kind} of other work, need the same:\n  {listed}", hint)
+
+
+def _made_with(artifact: Artifact, config: StepConfig, name: str, wanted: object) -> object:
+    """A setting of an artifact; of one that is newer than the artifact what it means there, as it is wanted now where
+    that agrees with it."""
+    before = config.settings()[name].extra["before"]
+    if name in artifact.config or not before:
+        return artifact.config.get(name)
+    return wanted if wanted in before else before[0]
 
 
 # Writing

@@ -33,6 +33,7 @@ TEMPLATE = "template.jinja"
 """The chat template that rows were rendered by, where it isn't the tokenizer's own."""
 
 _SHARD_BYTES = 64 * 2**20
+_READ_BLOCKS = 256  # at a time, where all are looked through
 BYTES_PER_TOKEN = 4 + 1 + 2
 _DTYPES = {"tokens": "U32", "trained": "U8", "document": "U16"}
 
@@ -181,6 +182,16 @@ class Blocks:
         return max(
             (int(shard["tokens"][:].max()) for shard in self._shards if shard["tokens"].get_shape()[0]), default=0
         )
+
+    def largest_position(self, *, trained: bool) -> int:
+        """The last place in a document that any token of the blocks has, counted from 0; with `trained` only of tokens
+        that are predicted, so not of padding. 0 where there are none."""
+        found = 0
+        for first in range(0, len(self), _READ_BLOCKS):
+            batch = self.batch(range(first, min(first + _READ_BLOCKS, len(self))))
+            positions = batch.positions_BT[batch.trained_BT] if trained else batch.positions_BT
+            found = max(found, int(positions.max(initial=0)))
+        return found
 
     def batch(self, indices: Sequence[int]) -> Batch:
         """The blocks of a micro-step, with positions that restart at every document."""

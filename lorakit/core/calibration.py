@@ -28,7 +28,7 @@ CALIBRATION_TOKENS = 4096
 _DAMPING = 0.01
 """Of the mean second moment, added to all: as in the paper."""
 _TOO_MUCH = 0.5
-"""Of a matrix's outputs: real bases lose 3 % in 8 bits, 19 % in nf4, rounded to the nearest; of fp4, small ones 26 %."""
+"""Of a matrix's outputs: a real base's lose up to 3 % in 8 bits and 19 % in nf4, rounded to the nearest."""
 _BLOCK = 128
 """Columns whose errors are spread over the rest of the matrix in one product."""
 

@@ -25,6 +25,7 @@ IN_8_BITS = ("int8", "fp8")
 CALIBRATED = ("fp8", "nf4", "fp4")
 """Bases that `--calibrate` rounds by what goes through them; an int8 base has no need of it."""
 Engine = Literal["fast", "standard"]
+AskedEngine = Literal["auto", "fast", "standard"]
 Optimizer = Literal[
     "adamw",
     "adamw_8bit",
@@ -99,16 +100,18 @@ def setting(
     need: str | None = None,
     repeated: bool = False,
     decides_result: bool = True,
+    before: tuple[object, ...] = (),
     **bounds: float,
 ) -> Any:
-    """A field of a section. `need` says what a value must be where the type alone doesn't.
+    """A field of a section. `need` says what a value must be where the type alone doesn't; `before`, what agrees with
+    work from before there was this setting: first what that was made with.
 
     `decides_result=False` marks what can't change the bytes of an artifact (where it is written, how often it is
     logged) or what its parents' fingerprints say already (where an input lies): such a setting may differ when the
     same work is asked for again.
     """
-    extra = {"positional": positional, "short": short, "metavar": metavar, "need": need}
-    extra |= {"repeated": repeated, "decides_result": decides_result}
+    extra: dict[str, Any] = {"positional": positional, "short": short, "metavar": metavar, "need": need}
+    extra |= {"repeated": repeated, "decides_result": decides_result, "before": before}
     return Field(default, description=help, json_schema_extra=extra, **bounds)  # type: ignore[call-overload]
 
 
@@ -410,10 +413,11 @@ class ModelSection(Section):
         "varlen where a small proof finds it right.",
     )
     quantize: Quantization = setting("none", _QUANTIZE)
-    engine: Literal["auto", "fast", "standard"] = setting(
+    engine: AskedEngine = setting(
         "auto",
         "What computes the decoder layers: lorakit's own code for Llama, Mistral and Qwen (fast), or transformers, "
         "peft and bitsandbytes (standard). auto: fast on a GPU where model and settings allow it.",
+        before=("standard", "auto"),
     )
     double_quantization: bool = setting(True, _DOUBLE_QUANTIZATION)
     calibrate: bool = setting(
@@ -518,7 +522,10 @@ class BatchSection(Section):
     epochs: float = setting(1.0, "Passes over the blocks.", gt=0)
     max_steps: int | None = setting(None, "Optimizer steps, instead of --epochs.", ge=1)
     extend: bool = setting(
-        False, "Go on with a run that was made for fewer --epochs or --max-steps.", decides_result=False
+        False,
+        "Go on with a run that was made for fewer --epochs or --max-steps, with the blocks that come next; where its "
+        "last step was short, that step stays so.",
+        decides_result=False,
     )
     gradient_checkpointing: bool = setting(
         True, "Recompute activations in the backward pass: much less memory, about a third more time."
@@ -653,7 +660,7 @@ class PlannedModelSection(Section):
         "auto", "Number type of the base. auto: bf16 on GPUs, fp32 on a CPU."
     )
     quantize: Quantization = setting("none", _QUANTIZE)
-    engine: Literal["auto", "fast", "standard"] = setting(
+    engine: AskedEngine = setting(
         "auto", "What train will compute the decoder layers with. auto: fast where train would take it, on new GPUs."
     )
     double_quantization: bool = setting(True, _DOUBLE_QUANTIZATION)
@@ -717,7 +724,9 @@ class PlanSection(Section):
     output: PathSetting | None = setting(
         None, "File to write the plan to, for `lorakit train --plan`.", metavar="FILE", decides_result=False
     )
-    compare: bool = setting(False, "Show every way of sharing the work with every kind of base.", decides_result=False)
+    compare: bool = setting(
+        False, "Show every way of sharing the work with every kind of base that it can have.", decides_result=False
+    )
     probe: bool = setting(
         False,
         "On the machine that will train: run one layer of random weights in train's own step, and correct the plan.",
@@ -783,6 +792,15 @@ class AnyModelSection(Section):
         "auto", "Number type of the model. auto: bf16 where the GPU has it, fp16 on older GPUs, fp32 on the CPU."
     )
     quantize: Quantization = setting("none", _QUANTIZE)
+
+
+class EvaluationEngineSection(Section):
+    title = "Model"
+    engine: AskedEngine = setting(
+        "auto",
+        "What computes the decoder layers for the loss, as in train; answers, one token after the other, are always "
+        "transformers' and peft's. auto: fast on a GPU where the model allows it.",
+    )
 
 
 class ChatSection(Section):
@@ -1257,6 +1275,7 @@ class ChatConfig(StepConfig):
 
 class EvaluateConfig(StepConfig):
     model: AnyModelSection
+    computing: EvaluationEngineSection
     data: EvaluationDataSection
     rows: EvaluationRowsSection
     matching: ExactMatchSection

@@ -22,6 +22,7 @@ from lorakit.core.attention.implementations import BY_LENGTHS
 from lorakit.core.blocks import VALIDATION, Batch, Blocks
 from lorakit.core.config import (
     DatasetSection,
+    Engine,
     EvaluateConfig,
     OutputSection,
     PackingSection,
@@ -34,9 +35,10 @@ from lorakit.core.config import (
 from lorakit.core.errors import NonFinite
 from lorakit.core.events import Notice, Progress, Report
 from lorakit.core.exact_match import Matches, answer_all, references
+from lorakit.core.fast.engine import make_fast
 from lorakit.core.intervals import Interval, ratio_interval
 from lorakit.core.memory import LOSS_TOKENS
-from lorakit.core.model import Opened, open_model, require_vocabulary
+from lorakit.core.model import Opened, open_model, require_positions, require_vocabulary
 from lorakit.core.parallel import World
 from lorakit.core.preparing import Question, prepare, questions
 from lorakit.core.shapes import CHANGES_LOGITS
@@ -80,6 +82,8 @@ class Evaluation:
 
     tokens: int
     blocks: int
+    engine: Engine
+    """What computed the decoder layers for the losses; answers are always the standard one's."""
     model: Measured
     base: Measured | None
     loss_change: float | None
@@ -186,11 +190,13 @@ def evaluate(config: EvaluateConfig, report: Report) -> Evaluation:
     """Loss and perplexity of a model over blocks, or over rows, and how many of these it answers right; its base beside
     it where it is an adapter that can be switched off.
 
+    The loss is computed by the engine that is asked for, answers by the standard one: the fast one knows no cache.
+
     Raises InputRefused (no blocks, blocks of another vocabulary, rows that can't be asked), NonFinite, and what
     `open_model` and `prepare` raise.
     """
     model = config.model
-    opened = open_model(model.model, model.base, model.dtype, report, model.quantize)
+    opened = open_model(model.model, model.base, model.dtype, report, model.quantize, config.computing.engine)
     request = _request(config, opened)
     asked = questions(request, lambda event: None) if request is not None and config.matching.exact_match else []
     wanted = references(asked, config.matching.answer_pattern)
@@ -201,6 +207,7 @@ def evaluate(config: EvaluateConfig, report: Report) -> Evaluation:
     else:
         blocks = Blocks(folders)
     require_vocabulary(opened.model, blocks.largest_id(), blocks.path)
+    require_positions(opened.model, blocks, report)
     passes: list[tuple[str, Callable[[], Any]]] = [("", nullcontext)]
     if opened.kept_on is not None:
         report(Notice(f"no base beside it: the adapter replaces its {opened.kept_on}; evaluate the base by itself"))
@@ -213,6 +220,8 @@ def evaluate(config: EvaluateConfig, report: Report) -> Evaluation:
                 task = f"answering{which and ' by'}{which}"
                 matches[index] = answer_all(opened, asked, wanted, config.matching, report, task)
     apply(opened.model, "auto")
+    if opened.engine == "fast":
+        make_fast(opened.model, model.quantize)
     losses = []
     for which, context in passes:
         with context():
@@ -224,6 +233,7 @@ def evaluate(config: EvaluateConfig, report: Report) -> Evaluation:
     return Evaluation(
         tokens=int(losses[0].tokens.sum()),
         blocks=len(blocks),
+        engine=opened.engine,
         model=measured[0],
         base=measured[1] if len(measured) > 1 else None,
         loss_change=change.mean if change is not None else None,

@@ -22,9 +22,11 @@ from torch.nn import ModuleList
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from lorakit.core import engines
 from lorakit.core.adapters import WEIGHTS, Adapter, Change, Replacement, base_folder, match, open_adapter
+from lorakit.core.blocks import Blocks
 from lorakit.core.calibration import Calibration, calibrate
-from lorakit.core.config import IN_8_BITS, LoraKindSection, LoraSection, is_pattern
+from lorakit.core.config import IN_8_BITS, AskedEngine, Engine, LoraKindSection, LoraSection, is_pattern
 from lorakit.core.errors import EnvironmentUnusable, InputRefused, first_line, is_out_of_memory
 from lorakit.core.events import Notice, Report
 from lorakit.core.hub import model_folder
@@ -56,6 +58,8 @@ class Opened:
     """Where the tokenizer lies: with an adapter that has its own, else with the model."""
     kept_on: str | None = None
     """A tensor of the base that the adapter replaces for good, so that switching it off doesn't give the base."""
+    engine: Engine = "standard"
+    """What its loss is to be computed with: its base is kept as that needs it."""
 
     @cached_property
     def codec(self) -> Codec:
@@ -506,21 +510,31 @@ def _layer_of(name: str) -> int | None:
     return int(numbers[0]) if numbers else None
 
 
-def open_model(name: str, base_name: str | None, dtype: str, report: Report, quantize: str = "none") -> Opened:
+def open_model(
+    name: str,
+    base_name: str | None,
+    dtype: str,
+    report: Report,
+    quantize: str = "none",
+    engine: AskedEngine = "standard",
+) -> Opened:
     """An adapter on its base, or a base or merged model, ready for evaluation, with its tokenizer; the base's linear
-    layers quantized where that is asked for.
+    layers quantized where that is asked for, as the engine needs them.
 
-    Raises InputRefused, Mismatch (an adapter for another base), ArtifactDamaged, HubFailed.
+    Raises InputRefused, Mismatch (an adapter for another base), ArtifactDamaged, HubFailed, EnvironmentUnusable where
+    the engine asked for can't be had.
     """
     device = pick_device()
-    folder = model_folder(name)
+    number_type, folder = pick_dtype(dtype, device), model_folder(name)
     if (folder / "config.json").is_file():
         if base_name is not None:
             raise InputRefused(
                 f"{name}: found a whole model, need an adapter where --base is given", "leave out --base"
             )
-        base = load_base(open_weights(folder), pick_dtype(dtype, device), device, quantize)
-        return Opened(base, load_tokenizer(folder), None, folder)
+        weights = open_weights(folder)
+        chosen = _engine(engine, weights, None, number_type, device, quantize, report)
+        base = load_base(weights, number_type, device, quantize, fast=chosen == "fast")
+        return Opened(base, load_tokenizer(folder), None, folder, engine=chosen)
     adapter = open_adapter(folder, report)
     weights = open_weights(base_folder(adapter, base_name))
     changes = match(adapter, weights)
@@ -530,13 +544,33 @@ def open_model(name: str, base_name: str | None, dtype: str, report: Report, qua
             "lengths are theirs",
             "--quantize nf4, or leave it out",
         )
-    base = load_base(weights, pick_dtype(dtype, device), device, quantize)
+    chosen = _engine(engine, weights, adapter, number_type, device, quantize, report)
+    base = load_base(weights, number_type, device, quantize, fast=chosen == "fast")
     replaced = _replaced(base, adapter, changes)
     model = wrap(base, adapter)
     modules = {name: model.get_base_model().get_submodule(name.rpartition(".")[0]) for name in replaced}
     kept_on = next((name for name, module in modules.items() if not isinstance(module, ModulesToSaveWrapper)), None)
     tokenizer_folder = folder if (folder / "tokenizer.json").is_file() else weights.folder
-    return Opened(model, load_tokenizer(tokenizer_folder), adapter, tokenizer_folder, kept_on)
+    return Opened(model, load_tokenizer(tokenizer_folder), adapter, tokenizer_folder, kept_on, chosen)
+
+
+def _engine(
+    asked: AskedEngine,
+    weights: Weights,
+    adapter: Adapter | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantize: str,
+    report: Report,
+) -> Engine:
+    """What computes a model that isn't trained: nothing is dropped there. Raises EnvironmentUnusable."""
+    base = {**weights.config, "attention_dropout": 0}
+    lora = {**(adapter.config if adapter is not None else {}), "lora_dropout": 0}
+
+    def lacks() -> str | None:
+        return engines.lacking(base, dtype_name(dtype), lora) or engines.lacking_on(device, quantize)
+
+    return engines.choose(asked, engines.ON_REQUEST if asked == "fast" else {}, lacks, device, report)
 
 
 def _replaced(base: PreTrainedModel, adapter: Adapter, changes: Sequence[Change]) -> list[str]:
@@ -569,6 +603,24 @@ def require_vocabulary(model: Any, largest_id: int, place: Path) -> None:
         raise InputRefused(
             f"{place}: found the token id {largest_id}, need ids below the model's {vocabulary}",
             "prepare the blocks with this model's tokenizer",
+        )
+
+
+def require_positions(model: Any, blocks: Blocks, report: Report) -> None:
+    """Says where documents are longer than the model was made for. Raises InputRefused where it has no such positions:
+    angles (RoPE) go on, a table of positions ends."""
+    config = model.config.get_text_config()
+    most = getattr(config, "max_position_embeddings", None)
+    if not most or blocks.size <= most:
+        return
+    rotary = any(name.startswith("rope") for name in config.to_dict())
+    tokens = blocks.largest_position(trained=rotary) + 1
+    if tokens > most and rotary:
+        report(Notice(f"documents of up to {tokens:,} tokens: more than the {most:,} that the model was made for"))
+    elif tokens > most:
+        raise InputRefused(
+            f"{blocks.path}: found {tokens} tokens in a row, need at most {most}: the model knows no more positions",
+            f"`lorakit prepare … --block-size {most}`",
         )
 
 

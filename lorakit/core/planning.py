@@ -4,14 +4,16 @@ Answers come from shapes, memory and placement alone; only a model that isn't bu
 out by transformers.
 """
 
+import itertools
 import json
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from lorakit.core import disk
 from lorakit.core.config import IN_8_BITS, Engine, PlanDevicesConfig, option_name
+from lorakit.core.engines import lacking
 from lorakit.core.environment import free_gpu_bytes, free_ram_bytes
 from lorakit.core.errors import UsageError
 from lorakit.core.events import Notice, Report
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 
 _LONGEST_BLOCK = 65_536  # what `prepare` makes at most
 _BLOCK_STEP = 64
-_QUANTIZATIONS: tuple[Literal["none", "int8", "nf4"], ...] = ("none", "int8", "nf4")
+_QUANTIZATIONS: tuple[Literal["none", "int8", "fp8", "nf4"], ...] = ("none", "int8", "fp8", "nf4")
 
 
 Asked = Literal["split", "ddp", "fsdp", "auto"]
@@ -72,7 +74,8 @@ def plan_devices(config: PlanDevicesConfig, report: Report) -> Planned:
     Raises UsageError (settings that contradict), InputRefused (an unknown model, a mixture of experts, a config that
     lacks fields, a target that matches nothing), HubFailed, DiskFailed.
     """
-    shape = find_shape(config.model.model, report)
+    base = config_of(config.model.model)
+    shape = find_shape(config.model.model, base, report)
     budgets = _budgets(config, report)
     on_cpu = list(budgets) == ["cpu"]
     dtype = ("fp32" if on_cpu else "bf16") if config.model.dtype == "auto" else config.model.dtype
@@ -83,7 +86,9 @@ def plan_devices(config: PlanDevicesConfig, report: Report) -> Planned:
     block, batch = config.batch.block_size, config.batch.batch_size
     first = (512 if block == "auto" else block, 1 if batch == "auto" else batch)
     accumulates = config.batch.gradient_accumulation_steps > 1
-    engine = _engine(config, shape, dtype, on_cpu=on_cpu)
+    layout = "--output" if config.plan.output is not None else None
+    lacks = lacking(base, dtype, config.lora.model_dump(), layout=layout)
+    engine = _engine(config, lacks, on_cpu=on_cpu)
     work = Workload.of(config, dtype, *first, accumulates=accumulates, on_gpu=not on_cpu, engine=engine)
     work = replace(work, loss_tokens=loss_tokens(engine, shape.vocab_size))
 
@@ -91,7 +96,7 @@ def plan_devices(config: PlanDevicesConfig, report: Report) -> Planned:
     if config.plan.probe:
         from lorakit.core.probing import probe
 
-        probed = probe(config.model.model, config_of(config.model.model), work, config.lora, on_gpu=not on_cpu)
+        probed = probe(config.model.model, base, work, config.lora, on_gpu=not on_cpu)
     factor = probed.factor if probed else 1.0
 
     def planned(work: Workload) -> Plan:
@@ -108,7 +113,8 @@ def plan_devices(config: PlanDevicesConfig, report: Report) -> Planned:
     needs_fast = _require_engine(config, plan)
     suggestions = () if plan.fits else tuple(_changes(plan, work, budgets, config.devices.parallel, factor))
     suggestions = tuple(one for one in suggestions if not needs_fast or one.plan.work.engine == "fast")
-    compared = tuple(_compare(shape, work, budgets, factor)) if config.plan.compare else ()
+    can_be_fast = lacks is None and config.model.engine != "standard"
+    compared = tuple(_compare(shape, work, budgets, factor, can_be_fast=can_be_fast)) if config.plan.compare else ()
     if (output := config.plan.output) is not None:
         if output.exists():
             read_plan(output)  # nothing else is ever replaced
@@ -119,21 +125,13 @@ def plan_devices(config: PlanDevicesConfig, report: Report) -> Planned:
     return Planned(plan, suggestions, compared, probed, moved)
 
 
-def _engine(config: PlanDevicesConfig, shape: Shape, dtype: str, *, on_cpu: bool) -> Engine:
+def _engine(config: PlanDevicesConfig, lacks: str | None, *, on_cpu: bool) -> Engine:
     """The engine that train will take on one device or on copies, as far as it doesn't depend on the GPU itself. Raises
-    UsageError where one is asked for that these settings can't have."""
-    asked = config.model.engine
-    reasons = {
-        f"the model type {shape.model_type!r}": not shape.known,
-        f"--lora-dropout {config.lora.lora_dropout:g}": config.lora.lora_dropout > 0,
-        "--dtype fp16": dtype == "fp16",
-        "--output, a plan that lays layers out over devices": config.plan.output is not None,
-    }
-    reason = next((reason for reason, holds in reasons.items() if holds), None)
+    UsageError where one is asked for that these settings can't have, since the fast one `lacks` something."""
     needed = _needing_fast(config)
-    if needed is not None and reason is not None:
-        raise UsageError(f"{needed}: found {reason}, need what the fast engine can do", "change one of them")
-    if reason is not None or asked == "standard" or (on_cpu and needed is None):
+    if needed is not None and lacks is not None:
+        raise UsageError(f"{needed}: found that {lacks}; need what the fast engine can do", "change one of them")
+    if lacks is not None or config.model.engine == "standard" or (on_cpu and needed is None):
         return "standard"
     return "fast"
 
@@ -182,9 +180,8 @@ def next_command(config: PlanDevicesConfig, plan: Plan) -> str:
     return shlex.join(["lorakit", "train", "--model", ids[0], *options, *where])
 
 
-def find_shape(name: str, report: Report) -> Shape:
-    """The shape of a built-in model, a folder's or the Hub's. Raises InputRefused, HubFailed."""
-    config = config_of(name)
+def find_shape(name: str, config: Mapping[str, Any], report: Report) -> Shape:
+    """The shape of a model by its config. Raises InputRefused."""
     if config.get("model_type") in FAMILIES or not config.get("model_type"):
         return shape_of(name, config)  # without torch
     from lorakit.core.model import shape_for
@@ -293,12 +290,17 @@ def _typed(budgets: Budgets) -> str:
     return f"{len(sizes)}x{sizes[0]}" if len(set(sizes)) == 1 else ",".join(sizes)
 
 
-def _compare(shape: Shape, work: Workload, budgets: Budgets, factor: float) -> Iterator[Plan]:
-    """Every way of sharing the work with every kind of base; layers are offloaded where they can be."""
+def _compare(shape: Shape, work: Workload, budgets: Budgets, factor: float, *, can_be_fast: bool) -> Iterator[Plan]:
+    """Every way of sharing the work with every kind of base that it can have; layers are offloaded where they can be.
+    A base in fp8 is the fast engine's, which computes on one GPU or on copies."""
     gpus = _gpus(budgets)
     ways: tuple[Parallel, ...] = ("split", "ddp", "fsdp") if len(gpus) > 1 else ("split",)
-    for way in ways:
-        for quantize in _QUANTIZATIONS:
-            if (way, quantize) != ("fsdp", "int8"):
-                usable = budgets if way == "split" and quantize != "int8" else gpus or budgets
-                yield _make(shape, usable, replace(work, quantize=quantize), way, factor)
+    fast = replace(work, engine="fast", loss_tokens=loss_tokens("fast", shape.vocab_size))
+    for way, quantize in itertools.product(ways, _QUANTIZATIONS):
+        in_8_bits, in_fp8 = quantize in IN_8_BITS, quantize == "fp8"
+        if way == "fsdp" and in_8_bits:
+            continue
+        if in_fp8 and not (can_be_fast and (way == "ddp" or len(gpus) < 2)):
+            continue
+        usable = budgets if way == "split" and not in_8_bits else gpus or budgets
+        yield _make(shape, usable, replace(fast if in_fp8 else work, quantize=quantize), way, factor)

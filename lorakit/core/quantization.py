@@ -63,7 +63,7 @@ def quantized(layer: Any, how: Quantizing, name: str = "a linear layer") -> torc
     linear = _turned(layer) if isinstance(layer, Conv1D) else layer
     if not bool(torch.isfinite(linear.weight).all()):  # which would become a number like any other
         raise NonFinite(
-            f"{name}: found NaN or infinity in the base's weights, need numbers",
+            f"{name}.weight: found NaN or infinity in the base's weights, need numbers",
             "download the model again, or choose another",
         )
     return FrozenLinear(linear, how.kind) if how.by_rows else _by_bitsandbytes(linear, how)

@@ -124,8 +124,8 @@ def test_layers_lie_in_cpu_memory_where_it_is_asked_for(cli: Cli, tmp_path: Path
     assert f"{len(on_cpu)} of 32 layers lie in CPU memory" in shown.out
     assert [line.split()[0] for line in shown.out.splitlines()[1:3]] == ["cuda:0", "cpu"]
     compared = cli(*command, "--compare", "--json").json["compared"]
-    assert [plan["fits"] for plan in compared] == [True, False, True]
-    assert [len(plan["devices"]) for plan in compared] == [2, 1, 2]  # int8 isn't offloaded
+    assert [plan["fits"] for plan in compared] == [True, False, False, True]
+    assert [len(plan["devices"]) for plan in compared] == [2, 1, 1, 2]  # 8 bits aren't offloaded
     auto = cli(*command, "--parallel", "auto", "--json").json
     assert (auto["device_map"], auto["parallel"]) == (ran.json["device_map"], "split")
 
@@ -141,11 +141,30 @@ def test_auto_takes_the_most_that_fits_with_layers_in_cpu_memory(cli: Cli) -> No
 def test_compare_shows_every_way_with_every_base(cli: Cli) -> None:
     ran = cli("plan-devices", "llama-2-70b", "--gpus", "4x80GiB", "--compare", "--json")
     assert [(plan["parallel"], plan["settings"]["quantize"]) for plan in ran.json["compared"]] == [
-        *[(way, base) for way in ("split", "ddp") for base in ("none", "int8", "nf4")],
+        *[("split", base) for base in ("none", "int8", "nf4")],
+        *[("ddp", base) for base in ("none", "int8", "fp8", "nf4")],
         *[("fsdp", base) for base in ("none", "nf4")],
     ]
     assert all(plan["tokens_per_second"] > 0 for plan in ran.json["compared"])
     assert "fsdp" in cli("plan-devices", "llama-2-70b", "--gpus", "4x80GiB", "--compare").out
+
+
+@pytest.mark.parametrize("where", ["--gpus 24GiB", "--gpus 2x24GiB", "--cpu 64GiB"])
+def test_fp8_is_compared_as_it_is_planned_where_it_can_be_had(where: str, cli: Cli) -> None:
+    given = ("plan-devices", "llama-7b", *where.split())
+
+    def row(*options: object) -> list[Any]:
+        compared = cli(*given, *options, "--compare", "--json").json["compared"]
+        return [plan for plan in compared if plan["settings"]["quantize"] == "fp8"]
+
+    (found,) = row()
+    asked = ("--parallel", "ddp") if "2x" in where else ()
+    alone = cli(*given, "--quantize", "fp8", *asked, "--json").json
+    assert found["settings"]["engine"] == "fast"
+    assert {key: alone[key] for key in ("peak_bytes", "settings")} == {
+        key: found[key] for key in ("peak_bytes", "settings")
+    }
+    assert row("--lora-dropout", 0.1) == row("--engine", "standard") == []
 
 
 def test_a_plan_is_written_and_nothing_else_is_replaced(cli: Cli, tmp_path: Path) -> None:
@@ -302,10 +321,15 @@ def test_what_only_the_fast_engine_can_do_is_planned_where_it_can_be_had(cli: Cl
 def test_what_the_fast_engine_cant_do_is_refused_by_name(cli: Cli, tmp_path: Path) -> None:
     ran = cli("plan-devices", "llama-7b", "--gpus", "24GiB", "--engine", "fast", "--lora-dropout", 0.1)
     assert ran.code == 2
-    assert "error: --engine fast: found --lora-dropout 0.1, need what the fast engine can do" in ran.err
+    assert (
+        "error: --engine fast: found that LoRA has a dropout of 0.1, not 0; need what the fast engine can do" in ran.err
+    )
     assert "hint: change one of them" in ran.err
     ran = cli("plan-devices", "llama-7b", "--gpus", "24GiB", "--quantize", "fp8", "--output", tmp_path / "plan.json")
-    assert "error: --quantize fp8: found --output, a plan that lays layers out over devices" in ran.err
+    assert "error: --quantize fp8: found that --output lays layers out over devices; need" in ran.err
+    drops = make_llama(tmp_path / "drops", attention_dropout=0.1)
+    ran = cli("plan-devices", drops, "--gpus", "24GiB", "--engine", "fast")
+    assert "error: --engine fast: found that the model has attention_dropout 0.1; need" in ran.err
     ran = cli("plan-devices", "llama-7b", "--gpus", "2x24GiB", "--quantize", "fp8")
     assert ran.code == 2
     assert "--quantize fp8: found split over 2 devices, need one GPU, or copies of the model" in ran.err

@@ -268,6 +268,94 @@ def test_a_quantized_base_is_evaluated_as_it_is_loaded(
     assert ran.json["loss"] != pytest.approx(exact, rel=1e-6)
 
 
+@pytest.fixture
+def run_folder(cli: Cli, tiny_llama: Path, blocks_folder: Path, tmp_path: Path) -> Path:
+    """An adapter that has learned something."""
+    given = ("--model", tiny_llama, "--blocks", blocks_folder, "--output", tmp_path / "run")
+    assert cli("train", *given, "--max-steps", 8, "--learning-rate", 5e-3).code == 0
+    return tmp_path / "run"
+
+
+def test_evaluate_says_which_engine_computed_the_loss(cli: Cli, tiny_llama: Path, blocks_folder: Path) -> None:
+    given = ("evaluate", tiny_llama, "--blocks", blocks_folder, "--json")
+    auto, fast, standard = cli(*given), cli(*given, "--engine", "fast"), cli(*given, "--engine", "standard")
+    assert [ran.json["engine"] for ran in (auto, fast, standard)] == ["standard", "fast", "standard"]
+    assert "engine: standard, since there is no GPU" in auto.err
+    assert "engine: fast\n" in fast.err
+    assert "engine" not in standard.err
+
+
+@pytest.mark.parametrize("kind", ["none", "nf4", "fp8"])
+def test_both_engines_measure_the_same_of_adapter_and_base(
+    kind: str, cli: Cli, run_folder: Path, blocks_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In fp32, where no input is rounded; that the fast one does compute is seen by what its layers are called."""
+    from lorakit.core.fast import layers
+
+    calls: list[Any] = []
+    original = layers._compute
+    monkeypatch.setattr(layers, "_compute", lambda *a, **k: (calls.append(a), original(*a, **k))[1])
+    given = ("evaluate", run_folder, "--blocks", blocks_folder, "--quantize", kind, "--json", "--engine")
+    standard = cli(*given, "standard").json
+    assert not calls
+    fast = cli(*given, "fast").json
+    assert len(calls) == 2 * 2 * fast["blocks"]  # layers, adapter and base
+    for name in ("loss", "base_loss"):
+        assert fast[name] == pytest.approx(standard[name], rel=1e-5)
+    assert fast["loss"] < 0.98 * fast["base_loss"]
+    assert fast["loss_change"] == pytest.approx(standard["loss_change"], rel=1e-4)
+
+
+def test_8_bit_integers_are_multiplied_without_rounding_inputs(cli: Cli, tiny_llama: Path, blocks_folder: Path) -> None:
+    """LLM.int8 rounds them wherever nothing needs a gradient, and is off by that."""
+    from bitsandbytes import functional
+    from transformers import AutoModelForCausalLM
+
+    ran = cli("evaluate", tiny_llama, "--blocks", blocks_folder, "--quantize", "int8", "--engine", "fast", "--json")
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
+    for linear in model.model.modules():
+        if isinstance(linear, torch.nn.Linear):
+            codes, largest, _ = functional.int8_vectorwise_quant(linear.weight.detach().half())
+            linear.weight.data = functional.int8_vectorwise_dequant(codes, largest).float()
+    blocks = Blocks(blocks_folder)
+    apply(model, "varlen")
+    with torch.no_grad():
+        total = sum(loss_sum(model, blocks.batch([index])).item() for index in range(len(blocks)))
+    assert ran.json["loss"] == pytest.approx(total / ran.json["tokens"], rel=1e-6)
+
+
+def test_dropout_keeps_no_adapter_from_being_measured_by_the_fast_engine(
+    cli: Cli, tiny_llama: Path, blocks_folder: Path, tmp_path: Path
+) -> None:
+    """Nothing is dropped where nothing is learned."""
+    given = ("--model", tiny_llama, "--blocks", blocks_folder, "--output", tmp_path / "run", "--lora-dropout", 0.5)
+    assert cli("train", *given, "--max-steps", 2, "--learning-rate", 5e-3).code == 0
+    given = ("evaluate", tmp_path / "run", "--blocks", blocks_folder, "--json", "--engine")
+    fast, standard = (cli(*given, engine).json["loss"] for engine in ("fast", "standard"))
+    assert fast == pytest.approx(standard, rel=1e-5)
+
+
+def test_the_fast_engine_is_refused_by_name_where_it_cant_be_had(
+    cli: Cli, tiny_llama: Path, blocks_folder: Path, tmp_path: Path
+) -> None:
+    given = ("--model", tiny_llama, "--blocks", blocks_folder, "--output", tmp_path / "dora", "--use-dora")
+    assert cli("train", *given, "--max-steps", 1).code == 0
+    ran = cli("evaluate", tmp_path / "dora", "--blocks", blocks_folder, "--engine", "fast", "--json")
+    assert (ran.code, ran.out) == (11, "")
+    assert "error: --engine fast: found that LoRA is DoRA (--use-dora); need what the fast engine can do" in ran.err
+    assert "hint: change that, or leave out --engine" in ran.err
+    ran = cli("evaluate", tiny_llama, "--blocks", blocks_folder, "--engine", "fast", "--dtype", "fp16")
+    assert ran.code == 11
+    assert "found that it is --dtype fp16" in ran.err
+
+
+def test_answers_are_the_same_whatever_computes_the_loss(cli: Cli, run_folder: Path, rows_file: Path) -> None:
+    given = ("evaluate", run_folder, "--dataset", rows_file, "--limit", 3, "--exact-match", "--max-new-tokens", 8)
+    fast, standard = (cli(*given, "--json", "--engine", engine).json for engine in ("fast", "standard"))
+    assert fast["answers"] == standard["answers"]
+    assert fast["loss"] == pytest.approx(standard["loss"], rel=1e-5)
+
+
 def test_rows_are_measured_as_their_blocks_are(
     cli: Cli, tiny_llama: Path, rows_file: Path, blocks_folder: Path
 ) -> None:

@@ -421,7 +421,7 @@ def run_in(place: Place, world: World, **values: object) -> loop.Run:
     given = {"model": str(place / "model"), "blocks": place / "blocks", "parallel": world.parallel, **values}
     config = TrainConfig.resolve((None, given))
     blocks, weights = Blocks([place / "blocks"]), open_weights(place / "model")
-    return loop.Run(config, place / "x", blocks, weights, {}, None, world, lambda _: None)
+    return loop.Run(config, place / "x", blocks, weights, None, {}, None, world, lambda _: None)
 
 
 # The command line itself

@@ -328,7 +328,9 @@ def gradients(work: Path, without: str | None, case: tuple[int, int, int]) -> li
     config = TrainConfig.resolve((None, {"model": str(tiny), "blocks": str(blocks), **values})).settled()
     world = parallel.alone(torch.device("cpu"))
     with room_of(work, f"gradients-{'-'.join(map(str, case))}") as folder:
-        run = loop.Run(config, folder / "run", Blocks([blocks]), open_weights(tiny), {}, None, world, lambda _: None)
+        run = loop.Run(
+            config, folder / "run", Blocks([blocks]), open_weights(tiny), None, {}, None, world, lambda _: None
+        )
         run.model.double()
         run.schedule = Schedule(len(run.blocks), blocks_of_a_step, blocks_of_a_step, seed)
         with torch.no_grad():

@@ -64,14 +64,18 @@ def frozen_linear_backward(
     a_PRK: Tensor,
     b_NR: Tensor,
     in_fp8: bool,
+    needs_dx: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx [M, K], dA [P·R, K] and dB [N, R] in x's number type."""
+    """dx [M, K], dA [P·R, K] and dB [N, R] in x's number type. dx is empty where it isn't needed, as of what the first
+    layer reads from a frozen embedding: then the base isn't looked at."""
     dy_MN, rank = dy_MN.contiguous(), b_NR.shape[1]
     g_MR, db_NR = torch.empty_like(h_MR), torch.empty_like(b_NR)
     for part, (start, end) in enumerate(_parts(ends)):
         torch.mm(dy_MN[:, start:end], b_NR[start:end], out=_columns(g_MR, part, rank))
         torch.mm(dy_MN[:, start:end].t(), _columns(h_MR, part, rank), out=db_NR[start:end])
     da_PRK = g_MR.t() @ x_MK
+    if not needs_dx:
+        return x_MK.new_empty(0), da_PRK, db_NR
     if not in_fp8:
         return (dy_MN @ exact(base, kind, ends, x_MK.shape[1], x_MK.dtype)).addmm_(g_MR, a_PRK), da_PRK, db_NR
     q_NK, scale_N = _fp8(base, kind, ends, x_MK.shape[1])
@@ -88,8 +92,8 @@ def frozen_linear_backward(
 
 
 @frozen_linear_backward.register_fake
-def _(dy_MN, x_MK, h_MR, base, kind, ends, a_PRK, b_NR, in_fp8):  # type: ignore[no-untyped-def]
-    return torch.empty_like(x_MK), torch.empty_like(a_PRK), torch.empty_like(b_NR)
+def _(dy_MN, x_MK, h_MR, base, kind, ends, a_PRK, b_NR, in_fp8, needs_dx):  # type: ignore[no-untyped-def]
+    return torch.empty_like(x_MK) if needs_dx else x_MK.new_empty(0), torch.empty_like(a_PRK), torch.empty_like(b_NR)
 
 
 def _remember(ctx, inputs, output):  # type: ignore[no-untyped-def]
@@ -101,8 +105,9 @@ def _remember(ctx, inputs, output):  # type: ignore[no-untyped-def]
 def _backward(ctx, dy_MN, _dh):  # type: ignore[no-untyped-def]
     x_MK, h_MR, a_PRK, b_NR, *base = ctx.saved_tensors
     kind, ends, in_fp8 = ctx.settings
-    dx, da, db = frozen_linear_backward(dy_MN, x_MK, h_MR, base, kind, ends, a_PRK, b_NR, in_fp8)
-    return dx, None, None, [None] * len(base), None, None, da, db
+    needs_dx = ctx.needs_input_grad[0]
+    dx, da, db = frozen_linear_backward(dy_MN, x_MK, h_MR, base, kind, ends, a_PRK, b_NR, in_fp8, needs_dx)
+    return dx if needs_dx else None, None, None, [None] * len(base), None, None, da, db
 
 
 frozen_linear.register_autograd(_backward, setup_context=_remember)

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from lorakit.core import artifacts, disk
-from lorakit.core.adapters import WEIGHTS, open_adapter
+from lorakit.core.adapters import WEIGHTS, Adapter, open_adapter
 from lorakit.core.artifacts import Artifact
 from lorakit.core.blocks import Blocks
 from lorakit.core.config import TrainConfig
@@ -85,20 +85,21 @@ def train(
         config = config.settled(num_processes=max(1, world.size // config.devices.num_machines))
         with world.together():
             blocks = Blocks(folders)
-            weights, parents = _inputs(config, world)
+            weights, adapter, parents = _inputs(config, world, report)
             parents["blocks"] = blocks.fingerprint
         place = None
         with world.together():
             if world.is_first:
                 place = _claim(config, target, blocks, parents, report, locks)
         if world.share(place.done is not None if place else None):
-            facts = dict(place.done.facts) if place and place.done else {}
+            # one from before there were two engines says nothing of them
+            facts = {"engine": "standard", **place.done.facts} if place and place.done else {}
             already = bool(place and place.folder == target)
         else:
             folder, newest = world.share(place.shared if place else None)
             with world.together():
                 checkpoint = artifacts.open_artifact(Path(newest), "checkpoint") if newest else None
-                run = Run(config, Path(folder), blocks, weights, parents, checkpoint, world, report)
+                run = Run(config, Path(folder), blocks, weights, adapter, parents, checkpoint, world, report)
             facts, already = run.go(should_stop), False
         if place and place.folder != target:
             artifacts.replace(place.folder, target)
@@ -138,7 +139,6 @@ def _claim(
         locks.enter_context(artifacts.lock(folder))
         artifacts.sweep(folder / CHECKPOINTS)
     may_differ = EXTENDS if config.batch.extend else ()
-    steps = schedule_of(config, blocks).steps
 
     def found_in(folder: Path, *, replaceable: bool) -> _Place | None:
         done = artifacts.claim(
@@ -154,18 +154,20 @@ def _claim(
         checkpoints = Checkpoints(folder, config, parents, report)
         other = {name: done.config.get(name) for name in may_differ} if done is not None else {}
         if done is not None and other != {name: config.flat()[name] for name in may_differ}:
+            checkpoint = checkpoints.newest(may_differ)
+            if checkpoint is None:
+                raise InputRefused(
+                    f"{folder}: found an adapter without its checkpoints, need one to go on from",
+                    "begin a new run with --adapter and this folder: it has the weights, but no optimizer's states",
+                )
+            steps = schedule_of(config, blocks, checkpoint).steps
             if done.facts["steps"] >= steps:
                 raise UsageError(
                     f"--extend: found {folder} with {done.facts['steps']} steps already, need more than these",
                     f"raise --max-steps or --epochs: these settings mean {steps} steps",
                 )
-            if checkpoints.newest(may_differ) is None:
-                raise InputRefused(
-                    f"{folder}: found an adapter without its checkpoints, need one to go on from",
-                    "begin a new run with --adapter and this folder: it has the weights, but no optimizer's states",
-                )
             artifacts.reopen(folder, UNFINISHED)
-            done = None
+            return _Place(folder, checkpoint)
         if done is not None:
             return _Place(folder, done=done)
         if artifacts.is_artifact(folder):
@@ -190,19 +192,20 @@ def _claim(
         return _Place(beside)
 
 
-def _inputs(config: TrainConfig, world: World) -> tuple[Weights, dict[str, str]]:
-    """The base's weights, and the fingerprints of the base and of the adapter to begin with; hashed by the first
-    process, and by the others found in its cache."""
+def _inputs(config: TrainConfig, world: World, report: Report) -> tuple[Weights, Adapter | None, dict[str, str]]:
+    """The base's weights, the adapter to begin with, and the fingerprints of both; hashed by the first process, and by
+    the others found in its cache."""
     found: dict[str, str] = {}
+    adapter = None
     for turn in (True, False):
         with world.together():
             if world.is_first is turn:
                 weights = open_weights(model_folder(config.model.model))
                 found["base"] = weights.fingerprint
                 if config.lora_kind.adapter is not None:
-                    adapter = open_adapter(model_folder(config.lora_kind.adapter), lambda _: None)
+                    adapter = open_adapter(model_folder(config.lora_kind.adapter), report)
                     found["adapter"] = disk.sha256(adapter.folder / WEIGHTS)
-    return weights, found
+    return weights, adapter, found
 
 
 @contextmanager

@@ -16,7 +16,8 @@ from peft import PeftModel
 from torch import Tensor
 
 from lorakit import __version__
-from lorakit.core import adapters, artifacts, disk
+from lorakit.core import adapters, artifacts, disk, engines
+from lorakit.core.adapters import Adapter
 from lorakit.core.artifacts import Artifact
 from lorakit.core.attention import apply
 from lorakit.core.blocks import VALIDATION, Batch, Blocks
@@ -25,7 +26,6 @@ from lorakit.core.config import CALIBRATED, Engine, SamplingSection, TrainConfig
 from lorakit.core.environment import free_ram_bytes
 from lorakit.core.errors import (
     ArtifactDamaged,
-    EnvironmentUnusable,
     InputRefused,
     LorakitError,
     Mismatch,
@@ -39,9 +39,8 @@ from lorakit.core.errors import (
 )
 from lorakit.core.evaluation import loss_sum, mean_loss, perplexity
 from lorakit.core.events import Notice, Progress, Report
-from lorakit.core.fast.engine import lacking, make_fast
+from lorakit.core.fast.engine import make_fast
 from lorakit.core.generation import answer
-from lorakit.core.hub import model_folder
 from lorakit.core.memory import CONTEXT_BYTES, Workload, attention_kind, loss_tokens
 from lorakit.core.model import (
     Opened,
@@ -57,6 +56,7 @@ from lorakit.core.model import (
     make_ready,
     pick_dtype,
     require_device,
+    require_positions,
     require_vocabulary,
     shape_for,
     trained_names,
@@ -98,6 +98,7 @@ class Run:
         folder: Path,
         blocks: Blocks,
         weights: Weights,
+        adapter: Adapter | None,
         parents: Mapping[str, str],
         checkpoint: Artifact | None,
         world: World,
@@ -108,7 +109,7 @@ class Run:
         self.held_out = Blocks([artifact.path for artifact in blocks.artifacts], VALIDATION)
         self.prompts = _read_prompts(config.evaluation.sample_prompts)
         self._require_usable()
-        self.schedule = schedule_of(config, blocks)
+        self.schedule = schedule_of(config, blocks, checkpoint)
         self.learning_rate = LearningRate(config, self.schedule.steps)
         self.state = State()
         if checkpoint is not None:
@@ -133,12 +134,13 @@ class Run:
                 f"`lorakit prepare … --tokenizer {shlex.quote(config.model.model)}`, with the same --add-tokens",
             )
         begun_on = self.state.engine if checkpoint is not None else None
-        self.state.engine = _engine(config, weights.config, dtype, self.device, begun_on, report)
+        self.state.engine = _engine(config, weights.config, adapter, begun_with, self.device, begun_on, report)
         self.loss_tokens = loss_tokens(self.state.engine, int(weights.config.get("vocab_size") or 1))
         self.batch_size, self.plan = self._plan(weights, dtype)
-        self.model = self._make_model(weights, dtype)
+        self.model = self._make_model(weights, adapter, dtype)
         for part in (blocks, self.held_out):
             require_vocabulary(self.model, part.largest_id(), blocks.path)
+            require_positions(self.model, part, report)
         if blocks.template is not None:
             self.tokenizer.chat_template = blocks.template  # whoever talks with the adapter asks as it was trained
         make_ready(self.model, dtype, checkpointing=config.batch.gradient_checkpointing)
@@ -241,7 +243,7 @@ class Run:
         # the CPU's is for layers that a plan offloads
         return {**gpus, "cpu": free_ram_bytes()} if self.config.devices.plan is not None else gpus
 
-    def _make_model(self, weights: Weights, dtype: torch.dtype) -> PeftModel:
+    def _make_model(self, weights: Weights, adapter: Adapter | None, dtype: torch.dtype) -> PeftModel:
         """The base with its attention, and LoRA on it."""
         config, world = self.config, self.world
         followed = self.plan if config.devices.plan is not None or config.devices.parallel == "split" else None
@@ -269,8 +271,7 @@ class Run:
         rows = base.get_input_embeddings().weight.shape[0]
         new_tokens = self.tokenizer.convert_tokens_to_ids(list(config.tokens.add_tokens))
         grow(base, max((token + 1 for token in new_tokens), default=0))
-        if config.lora_kind.adapter is not None:
-            adapter = adapters.open_adapter(model_folder(config.lora_kind.adapter), self.report)
+        if adapter is not None:
             _refuse_other_lora(adapter, config)
             adapters.match(adapter, weights)
             grow(base, adapter.vocabulary or 0)
@@ -287,7 +288,8 @@ class Run:
         kind, size = self.config.model.quantize, self.blocks.size
         if kind == "none":
             return None
-        apart = followed is not None and (followed.computed_on or len(set(followed.device_map.values())) > 1)
+        places = set((followed.device_map or {}).values()) if followed is not None else set()
+        apart = followed is not None and (followed.computed_on or len(places) > 1)
         if self.world.parallel == "fsdp" or apart:
             self.report(Notice(f"base in {kind}, rounded to the nearest: calibration needs it on one device"))
             return None
@@ -609,11 +611,15 @@ class Run:
         }
 
 
-def schedule_of(config: TrainConfig, blocks: Blocks) -> Schedule:
-    """Which blocks each step of a run takes."""
+def schedule_of(config: TrainConfig, blocks: Blocks, checkpoint: Artifact | None) -> Schedule:
+    """Which blocks each step of a run takes, from a checkpoint on."""
     batch, per_step = config.batch, config.blocks_per_step
-    wanted = batch.max_steps * per_step if batch.max_steps else max(1, round(batch.epochs * len(blocks)))
-    return Schedule(len(blocks), per_step, wanted, batch.seed)
+    facts = checkpoint.facts if checkpoint is not None else {"step": 0, "tokens": 0}
+    step, taken = facts["step"], facts["tokens"] // blocks.size
+    wanted = max(1, round(batch.epochs * len(blocks)))
+    if batch.max_steps:
+        wanted = taken + (batch.max_steps - step) * per_step
+    return Schedule(len(blocks), per_step, wanted, batch.seed, step, taken)
 
 
 def _attention(base: Any, config: TrainConfig, begun_with: str, report: Report) -> str:
@@ -631,40 +637,34 @@ def _attention(base: Any, config: TrainConfig, begun_with: str, report: Report) 
 def _engine(
     config: TrainConfig,
     model: Mapping[str, Any],
-    dtype: torch.dtype,
+    adapter: Adapter | None,
+    dtype: str,
     device: torch.device,
     begun_on: Engine | None,
     report: Report,
 ) -> Engine:
     """What computes the decoder layers; a run that goes on keeps what it began with. Raises EnvironmentUnusable where
     that, or what is asked for, can't be had here."""
-    asked, adapter = config.model.engine, config.lora_kind.adapter
-    needed = {
-        "--engine fast": (asked == "fast", "change that, or leave out --engine"),
-        "--quantize fp8": (config.model.quantize == "fp8", "change that, or choose another --quantize"),
-        "the fast engine, which the run began with": (
-            begun_on == "fast",
-            "go on where it can be had, or begin anew with --overwrite",
-        ),
-    }
-    wanted, hint = next(((name, hint) for name, (holds, hint) in needed.items() if holds), (None, ""))
-    standard = asked == "standard" or begun_on == "standard"
-    if standard and wanted is None:  # nothing to find out: on a GPU that compiles kernels
-        return "standard"
-    of_adapter = adapters.open_adapter(model_folder(adapter), lambda _: None).config if adapter is not None else {}
-    reason = lacking(config, model, of_adapter, dtype, device)
-    if wanted is not None and reason is not None:
-        raise EnvironmentUnusable(f"{wanted}: found that {reason}; need what the fast engine can do", hint)
-    if standard:
-        return "standard"
-    if wanted is None and reason is None and device.type != "cuda":
-        reason = "there is no GPU"  # where it would be no faster
-    chosen: Engine = "fast" if reason is None else "standard"
-    report(Notice(f"engine: {chosen}" + (f", since {reason}" if reason else "")))
-    return chosen
+    asked, devices, quantize = config.model.engine, config.devices, config.model.quantize
+    needed = engines.ON_REQUEST if asked == "fast" else {}
+    if quantize == "fp8":
+        needed = {**needed, "--quantize fp8": "change that, or choose another --quantize"}
+    if begun_on == "fast":
+        hint = "go on where it can be had, or begin anew with --overwrite"
+        needed = {**needed, "the fast engine, which the run began with": hint}
+
+    def lacks() -> str | None:
+        lora = ({**config.lora.model_dump(), **config.lora_kind.model_dump()}, adapter.config if adapter else {})
+        layout, threshold = "--plan" if devices.plan is not None else None, config.model.int8_threshold
+        reason = engines.lacking(
+            model, dtype, *lora, parallel=devices.parallel, layout=layout, int8_threshold=threshold
+        )
+        return reason or engines.lacking_on(device, quantize)
+
+    return engines.choose(begun_on if begun_on == "standard" else asked, needed, lacks, device, report)
 
 
-def _refuse_other_lora(adapter: adapters.Adapter, config: TrainConfig) -> None:
+def _refuse_other_lora(adapter: Adapter, config: TrainConfig) -> None:
     """Raises UsageError where settings beside --adapter say otherwise than the adapter itself."""
     usual = type(config).resolve((None, {"model": config.model.model, "blocks": config.data.blocks}))
     given = {**config.lora.model_dump(), **config.lora_kind.model_dump(exclude={"adapter"})}

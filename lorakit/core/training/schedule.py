@@ -10,27 +10,32 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Schedule:
-    """Which blocks each optimizer step takes, for a whole run. The last step may be short."""
+    """Which blocks each optimizer step takes, for a whole run. The last step may be short: a run that is extended after
+    it goes on with the block behind its last, `blocks_done` blocks after `steps_done` steps."""
 
     num_blocks: int
     blocks_per_step: int
     total_blocks: int
     seed: int
+    steps_done: int = 0
+    blocks_done: int = 0
 
     @property
     def steps(self) -> int:
-        return math.ceil(self.total_blocks / self.blocks_per_step)
+        return self.steps_done + math.ceil((self.total_blocks - self.blocks_done) / self.blocks_per_step)
 
     def blocks_of_step(self, step: int) -> list[int]:
         """The blocks of a step, counted from 0: every epoch is a permutation drawn from (seed, epoch)."""
-        first = step * self.blocks_per_step
-        chosen = range(first, min(first + self.blocks_per_step, self.total_blocks))
+        chosen = range(self._blocks_after(step), self._blocks_after(step + 1))
         orders = {epoch: self._order(epoch) for epoch in {index // self.num_blocks for index in chosen}}
         return [int(orders[index // self.num_blocks][index % self.num_blocks]) for index in chosen]
 
     def epoch_after(self, step: int) -> float:
         """Passes over the blocks after so many steps."""
-        return min(step * self.blocks_per_step, self.total_blocks) / self.num_blocks
+        return self._blocks_after(step) / self.num_blocks
+
+    def _blocks_after(self, step: int) -> int:
+        return min(self.blocks_done + (step - self.steps_done) * self.blocks_per_step, self.total_blocks)
 
     def _order(self, epoch: int) -> np.ndarray[Any, np.dtype[np.int64]]:
         return np.random.Generator(np.random.Philox(key=[self.seed, epoch])).permutation(self.num_blocks)

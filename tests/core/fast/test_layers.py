@@ -18,19 +18,34 @@ from lorakit.core.quantization import Quantizing, quantized
 
 SHAPE = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
 SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
-LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-LLAMA3 |= {"original_max_position_embeddings": 32, "rope_theta": 10000.0}
+WINDOW = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
+
+
+def rope(kind: str, **more: Any) -> Mapping[str, Any]:
+    """Another way to turn queries and keys."""
+    return {"rope_parameters": {"rope_type": kind, "factor": 4.0, "rope_theta": 10000.0, **more}}
+
 
 FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "llama": ("llama", {}),
     "llama, every head its own keys": ("llama", {"num_key_value_heads": 4}),
-    "llama 3.1": ("llama", {"rope_parameters": LLAMA3}),
+    "llama 3.1": (
+        "llama",
+        rope("llama3", low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32),
+    ),
+    "llama, linear": ("llama", rope("linear")),
+    "llama, dynamic": ("llama", {**rope("dynamic"), "max_position_embeddings": 12}),
+    "llama, yarn": ("llama", rope("yarn", original_max_position_embeddings=32)),
     "llama, biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "smollm2": ("llama", {"tie_word_embeddings": True}),
     "mistral": ("mistral", {"sliding_window": None}),
     "mistral, window": ("mistral", {"sliding_window": 8}),
     "qwen2": ("qwen2", {}),
+    "qwen2, window": ("qwen2", WINDOW),
+    "qwen2.5, yarn": ("qwen2", rope("yarn", original_max_position_embeddings=32)),
     "qwen3": ("qwen3", {"head_dim": 32}),
+    "qwen3, window": ("qwen3", {"head_dim": 32, **WINDOW}),
+    "qwen3, tied": ("qwen3", {"head_dim": 32, "tie_word_embeddings": True}),
     "widths no tile divides": ("llama", {"hidden_size": 72, "intermediate_size": 104, "num_key_value_heads": 1}),
 }
 
@@ -63,10 +78,13 @@ def with_lora(base: Any, **more: Any) -> Any:
     return model.train()
 
 
-def packed(lengths: tuple[int, ...] = (20, 9, 3)) -> tuple[torch.Tensor, torch.Tensor]:
+LENGTHS = (20, 9, 3)
+
+
+def packed() -> tuple[torch.Tensor, torch.Tensor]:
     """Ids and positions of two rows of three documents."""
-    ids = torch.randint(0, 96, (2, sum(lengths)), generator=torch.Generator().manual_seed(2))
-    positions = torch.cat([torch.arange(length) for length in lengths])
+    ids = torch.randint(0, 96, (2, sum(LENGTHS)), generator=torch.Generator().manual_seed(2))
+    positions = torch.cat([torch.arange(length) for length in LENGTHS])
     return ids, torch.stack([positions, positions])
 
 
@@ -79,20 +97,65 @@ def seen(model: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     return logits.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def require_equal(fast: Any, standard: Any, rel: float = 1e-5) -> None:
-    (logits, gradients), (others, expected) = seen(fast), seen(standard)
-    assert torch.allclose(logits, others, atol=rel * float(others.abs().max()))
+Seen = tuple[torch.Tensor, dict[str, torch.Tensor]]
+
+
+def require_equal(fast: Any, standard: Any) -> None:
+    require_same(seen(fast), seen(standard))
+
+
+def require_same(found: Seen, wanted: Seen, rel: float = 1e-5) -> None:
+    """Logits and every gradient of LoRA, as far from each other as numbers are rounded."""
+    (logits, gradients), (others, expected) = found, wanted
+    assert (logits - others).norm() <= rel * others.norm()
     assert gradients.keys() == expected.keys()
     for name, gradient in gradients.items():
-        assert torch.allclose(gradient, expected[name], atol=rel * float(expected[name].abs().max())), name
+        assert (gradient - expected[name]).norm() <= rel * expected[name].norm(), name
         assert expected[name].any(), name
 
 
+@pytest.mark.parametrize(("dtype", "rel"), [(torch.float32, 2e-5), (torch.float64, 1e-13)])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_is_as_transformers_and_peft_compute_it(family: str) -> None:
+def test_every_family_is_as_transformers_and_peft_compute_it(family: str, dtype: torch.dtype, rel: float) -> None:
+    fast, standard = (with_lora(base_of(family)).to(dtype) for _ in range(2))
+    make_fast(fast, "none")
+    require_same(seen(fast), seen(standard), rel)
+
+
+def alone(model: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The same of each document by itself, by transformers' own attention: without blocks, positions or lorakit."""
+    model.set_attn_implementation("eager")
+    (ids, _), logits, at = packed(), [], 0
+    for length in LENGTHS:
+        logits.append(model(input_ids=ids[:, at : at + length], use_cache=False).logits)
+        at += length
+    whole = torch.cat(logits, 1)
+    torch.nn.functional.cross_entropy(whole.flatten(0, 1), ids.flatten()).backward()
+    return whole.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "llama, dynamic"])
+def test_packed_documents_are_as_transformers_and_peft_compute_each_alone(family: str) -> None:
+    """Not where angles depend on the longest document that is there, which is what `dynamic` means."""
     fast = with_lora(base_of(family))
     make_fast(fast, "none")
-    require_equal(fast, with_lora(base_of(family)))
+    require_same(seen(fast), alone(with_lora(base_of(family))), 2e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "like"),
+    [
+        *((family, "llama") for family in ("llama 3.1", "llama, linear", "llama, dynamic", "llama, yarn")),
+        *((f"{family}, window", family) for family in ("mistral", "qwen2", "qwen3")),
+        ("qwen2.5, yarn", "qwen2"),
+    ],
+)
+def test_what_sets_a_family_apart_is_seen_in_what_it_computes(family: str, like: str) -> None:
+    """Its weights are the other's here: else a test of it would be that of the other."""
+    one, other = (with_lora(base_of(name)) for name in (family, like))
+    for model in (one, other):
+        make_fast(model, "none")
+    assert not torch.allclose(seen(one)[0], seen(other)[0], atol=1e-3)
 
 
 @pytest.mark.parametrize("quantize", ["int8", "fp8", "nf4", "fp4"])

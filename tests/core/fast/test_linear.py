@@ -47,11 +47,44 @@ def test_forward_and_backward_are_autograds_in_fp64(rank: int) -> None:
     assert torch.autograd.gradcheck(run, (x, a, b) if rank else (x, a.detach(), b.detach()))
 
 
-def test_torch_finds_the_operator_in_order() -> None:
+@pytest.mark.parametrize("needs_dx", [True, False])
+def test_torch_finds_the_operator_in_order(needs_dx: bool) -> None:
     """Its schema, what it says of shapes without computing, and its gradients under tracing."""
     x, a, b = inputs(torch.float32)
-    given = (x, None, None, [weight(torch.float32)], "plain", ENDS, a, b)
+    given = (x.requires_grad_(needs_dx), None, None, [weight(torch.float32)], "plain", ENDS, a, b)
     torch.library.opcheck(frozen_linear, given)
+
+
+@pytest.mark.parametrize("kind", ["plain", "fp8"])
+def test_an_input_that_needs_no_gradient_leaves_the_others_theirs(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the base, which only that would take, isn't made into numbers again."""
+    from lorakit.core.fast import linear
+
+    x, a, b = inputs(torch.float32)
+    layer = torch.nn.Linear(INPUTS, ENDS[-1], bias=False)
+    base = store([FrozenLinear(layer, kind) if kind == "fp8" else layer])
+    dy = torch.randn(ROWS, ENDS[-1], generator=torch.Generator().manual_seed(2))
+    codes, scale = rounded(x) if kind == "fp8" else (None, None)
+
+    def gradients() -> list[Tensor | None]:
+        y = frozen_linear(x, codes, scale, base.tensors, base.kind, ENDS, a, b)[0]
+        with monkeypatch.context() as patched:
+            if not x.requires_grad:
+                patched.setattr(linear, "_fp8" if kind == "fp8" else "exact", None)
+            y.backward(dy)
+        found = [leaf.grad for leaf in (x, a, b)]
+        x.grad = a.grad = b.grad = None
+        return found
+
+    with_x = gradients()
+    x.requires_grad_(False)
+    without = gradients()
+    assert with_x[0] is not None
+    assert without[0] is None
+    for one, other in zip(with_x[1:], without[1:], strict=True):
+        assert one is not None
+        assert other is not None
+        assert torch.equal(one, other)
 
 
 def as_fp8(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

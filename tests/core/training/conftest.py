@@ -68,7 +68,7 @@ def opened(tiny_llama: Path, blocks: Path, tmp_path: Path) -> Opened:
         config = TrainConfig.resolve((None, {"model": str(tiny_llama), "blocks": data, **values})).settled()
         weights = open_weights(Path(config.model.model))
         world, said = alone(torch.device("cpu")), []
-        return Run(config, tmp_path / "run", Blocks([data]), weights, {}, checkpoint, world, said.append)
+        return Run(config, tmp_path / "run", Blocks([data]), weights, None, {}, checkpoint, world, said.append)
 
     return make
 

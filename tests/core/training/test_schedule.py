@@ -1,6 +1,7 @@
 """Which blocks each step sees."""
 
 from collections import Counter
+from itertools import chain
 
 import pytest
 
@@ -39,6 +40,23 @@ def test_a_step_is_a_function_of_its_number() -> None:
     forwards = [schedule.blocks_of_step(step) for step in range(10)]
     assert [schedule.blocks_of_step(step) for step in reversed(range(10))] == forwards[::-1]
     assert [longer.blocks_of_step(step) for step in range(10)] == forwards
+
+
+@pytest.mark.parametrize(("num_blocks", "per_step", "first", "then"), [(10, 4, 10, 20), (7, 3, 10, 28), (3, 8, 3, 9)])
+def test_after_a_short_step_come_the_blocks_behind_its_last(
+    num_blocks: int, per_step: int, first: int, then: int
+) -> None:
+    """Together they take what one run would, in the same order."""
+    begun = Schedule(num_blocks, per_step, first, seed=4)
+    extended = Schedule(num_blocks, per_step, then, 4, begun.steps, first)
+    whole = Schedule(num_blocks, per_step, then, seed=4)
+    parts = [begun.blocks_of_step(step) for step in range(begun.steps)]
+    parts += [extended.blocks_of_step(step) for step in range(begun.steps, extended.steps)]
+    assert list(chain(*parts)) == list(chain(*map(whole.blocks_of_step, range(whole.steps))))
+    assert len(parts[begun.steps]) == min(per_step, then - first)
+    assert extended.epoch_after(extended.steps) == then / num_blocks
+    middle = Schedule(num_blocks, per_step, then, 4, begun.steps + 1, first + len(parts[begun.steps]))
+    assert middle.steps == extended.steps
 
 
 def test_a_step_takes_the_same_blocks_for_every_way_of_sharing_it() -> None:

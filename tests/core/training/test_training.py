@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lorakit.core import hub, training
+from lorakit.core import artifacts, disk, hub, training
 from lorakit.core.blocks import Blocks
 from lorakit.core.training import loop
 from tests.conftest import make_llama
@@ -120,6 +120,84 @@ def test_epochs_can_be_extended_too(train: Train, blocks: Path) -> None:
     assert train("run", "--epochs", 1.5, "--extend").json["steps"] == round(1.5 * count)
 
 
+def test_after_a_short_last_step_a_run_goes_on_with_the_blocks_that_come_next(
+    train: Train, blocks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each epoch takes every block once, however the steps lie; also where the extended part is killed."""
+    taken: list[int] = []
+    original = Blocks.batch
+
+    def watched(self: Blocks, indices: Any) -> Any:
+        taken.extend(indices)
+        return original(self, indices)
+
+    monkeypatch.setattr(Blocks, "batch", watched)
+    count = len(Blocks(blocks))
+    size = next(size for size in range(3, 9) if count % size)
+    options = (
+        "--effective-batch-size",
+        size,
+        "--lr-scheduler-type",
+        "constant",
+        "--warmup-ratio",
+        0,
+        "--save-steps",
+        1,
+    )
+    assert train("run", *options).json["steps"] == -(-count // size)
+    shutil.copytree(tmp_path / "run", tmp_path / "killed")
+    assert train("run", *options, "--epochs", 1 + 0.5 / count, "--extend").code == 2  # not even one more block
+    ran = train("run", *options, "--epochs", 2, "--extend")
+    assert ran.json["steps"] == 2 * -(-count // size)
+    assert [sorted(taken[:count]), sorted(taken[count:])] == [list(range(count))] * 2
+    assert taken[:count] != taken[count:]
+    lines = lines_of(tmp_path / "run")
+    assert [line["step"] for line in lines] == list(range(1, ran.json["steps"] + 1))
+    epochs = [min(size * step, count) / count for step in range(1, -(-count // size) + 1)]
+    assert [line["epoch"] for line in lines] == pytest.approx([*epochs, *(1 + epoch for epoch in epochs)], abs=1e-6)
+    assert train("run", *options, "--epochs", 2).json["already_done"]
+
+    monkeypatch.setattr(loop.Run, "_finish", lambda run: (_ for _ in ()).throw(KeyboardInterrupt))
+    third = -(-count // size) + 1
+    assert train("killed", *options, "--max-steps", third, "--extend").code == 130
+    monkeypatch.undo()
+    del taken[:]
+    monkeypatch.setattr(Blocks, "batch", watched)
+    again = train("killed", *options, "--epochs", 2, "--extend")
+    assert again.json["resumed_from"] == third
+    assert len(taken) == count - size
+    assert adapter_bytes(tmp_path / "killed") == adapter_bytes(tmp_path / "run")
+
+
+@pytest.mark.parametrize("engine", ["auto", "standard"])
+def test_a_run_from_before_there_were_engines_goes_on_with_the_standard_one(
+    engine: str, train: Train, tmp_path: Path
+) -> None:
+    assert train("run", *CONSTANT, "--max-steps", 4).code == 0
+    for folder in (tmp_path / "run", *(tmp_path / "run" / "checkpoints").iterdir()):
+        forget_engine(folder)
+    assert train("run", *CONSTANT, "--max-steps", 4, "--engine", engine).json["already_done"]
+    fast = train("run", *CONSTANT, "--max-steps", 6, "--extend", "--engine", "fast")
+    assert fast.code == 5
+    assert "engine: found 'standard', asked for 'fast'" in fast.err
+    ran = train("run", *CONSTANT, "--max-steps", 6, "--extend", "--engine", engine)
+    assert (ran.code, ran.json["resumed_from"], ran.json["engine"]) == (0, 4, "standard")
+    assert train("whole", *CONSTANT, "--max-steps", 6).code == 0
+    assert adapter_bytes(tmp_path / "run") == adapter_bytes(tmp_path / "whole")
+
+
+def forget_engine(folder: Path) -> None:
+    """An artifact as it was before the setting."""
+    manifest = dict(artifacts.read_manifest(folder))
+    del manifest["config"]["engine"], manifest["facts"]["engine"]
+    if (state := folder / "state.json").exists():
+        kept = json.loads(state.read_text())
+        del kept["engine"]
+        state.write_text(json.dumps(kept))
+        manifest["files"]["state.json"] = disk.described(state)
+    (folder / artifacts.MANIFEST).write_bytes(artifacts._manifest_bytes(manifest))
+
+
 def test_a_finished_run_that_fails_to_go_on_is_still_the_unfinished_one(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -183,8 +261,7 @@ def test_an_adapter_may_come_from_the_hub(train: Train, tmp_path: Path, monkeypa
     train("first", "--max-steps", 1)
     original = hub.model_folder
     folders = {"owner/adapter": tmp_path / "first"}
-    for module in (training, loop):
-        monkeypatch.setattr(module, "model_folder", lambda name: folders.get(name) or original(name))
+    monkeypatch.setattr(training, "model_folder", lambda name: folders.get(name) or original(name))
     ran = train("second", "--max-steps", 1, "--adapter", "owner/adapter")
     assert ran.code == 0, ran.err
 
