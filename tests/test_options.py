@@ -11,6 +11,7 @@ from lorakit import __version__
 from lorakit.cli import COMMANDS
 from lorakit.console import Console
 from lorakit.core.config import (
+    CONFIGS,
     ChatConfig,
     DemoConfig,
     DoctorConfig,
@@ -23,7 +24,7 @@ from lorakit.core.config import (
     TrainConfig,
 )
 from lorakit.core.errors import DiskFailed, UsageError
-from lorakit.options import CONFIGS, command, read_settings
+from lorakit.options import command, read_settings
 from tests.conftest import Ran
 
 Cli = Callable[..., Ran]

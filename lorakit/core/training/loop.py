@@ -20,7 +20,7 @@ from lorakit.core import adapters, artifacts, disk
 from lorakit.core.artifacts import Artifact
 from lorakit.core.attention import apply
 from lorakit.core.blocks import VALIDATION, Batch, Blocks
-from lorakit.core.config import Engine, SamplingSection, TrainConfig, differences, option_name
+from lorakit.core.config import Engine, SamplingSection, TrainConfig, option_name
 from lorakit.core.environment import free_ram_bytes
 from lorakit.core.errors import (
     ArtifactDamaged,
@@ -33,6 +33,7 @@ from lorakit.core.errors import (
     RankFailed,
     Stopped,
     UsageError,
+    differences,
     first_line,
     is_out_of_memory,
 )
