@@ -2,6 +2,7 @@
 
 A step's config is made of sections (`config.lora.rank`). To the user it is flat: the field `rank` of the section
 `LoraSection` is the option `--rank`, the key `rank` in a settings file, and the line `rank` in `lorakit.yaml`.
+After a change, `python -m tests.pages` writes anew what is made of them: `data/options.json` and the pages in `docs/`.
 """
 
 import difflib
