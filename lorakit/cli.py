@@ -1,16 +1,14 @@
 """The command line: every command in the order of the pipeline, and one place where a failure becomes an exit code.
 
-Only the command that is run gets its options built: `lorakit --help` needs none, and pydantic takes its time.
+Only the command that is run gets its options built, and what Tab doesn't need is imported where it is used: a shell
+waits for it.
 """
 
-import difflib
 import os
 import re
 import shlex
 import signal
 import sys
-import tempfile
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
@@ -21,7 +19,6 @@ from typer.exceptions import TyperException
 
 from lorakit import __version__
 from lorakit.commands import chat, demo, doctor, evaluate, merge, patch_attention, plan_devices, prepare, train
-from lorakit.console import Console, write_everywhere
 from lorakit.core import environment
 from lorakit.core.errors import (
     WINDOWS,
@@ -35,6 +32,7 @@ from lorakit.core.errors import (
     first_line,
     is_out_of_memory,
 )
+from lorakit.streams import write_everywhere
 
 COMMANDS: Mapping[str, Callable[..., None]] = {
     "prepare": prepare.run,
@@ -70,7 +68,7 @@ def build_app(arguments: Sequence[str]) -> Any:
     """The command-line app. Commands that `arguments` don't name have a name and help only."""
     chosen = next((argument for argument in arguments if argument in COMMANDS), None)
     # tables of four columns can't be read in a narrow window; without them, options have lines of their own
-    wide = Console.width() >= _WIDE
+    wide = _completes() or _width() >= _WIDE
     app = typer.Typer(name="lorakit", rich_markup_mode="rich" if wide else None)
     app.callback(invoke_without_command=True, epilog=_FLOWS if wide else _as_it_is(_FLOWS))(_lorakit)
     for name, run in COMMANDS.items():
@@ -102,7 +100,7 @@ class _ALineEach(_Formatter):  # type: ignore[misc]
     """Help where each option and command stands alone in its line, and what it does below it."""
 
     def __init__(self, *_: object, **__: object) -> None:
-        super().__init__(width=Console.width() - 1)
+        super().__init__(width=_width() - 1)
 
     def write_dl(self, rows: Sequence[tuple[str, str]], col_max: int = 2, col_spacing: int = 2) -> None:
         super().write_dl(rows, 2, 2)
@@ -112,9 +110,20 @@ class _Narrow(typer.Context):
     formatter_class = _ALineEach
 
 
+def _width() -> int:
+    from lorakit.console import Console
+
+    return Console.width()
+
+
+def _completes() -> bool:
+    """Whether a shell asks, for completions or for the script that asks for them."""
+    return any(name.startswith("_LORAKIT_COMPLETE") for name in os.environ)
+
+
 def _words_to_complete() -> list[str]:
     """What is typed so far where a shell completes, as each shell hands it over; else nothing."""
-    if not any(name.startswith("_LORAKIT_COMPLETE") for name in os.environ):
+    if not _completes():
         return []
     os.environ["COLUMNS"] = "10000"  # a description in two lines would be two words to a shell
     line = os.environ.get("COMP_WORDS") or os.environ.get("_TYPER_COMPLETE_ARGS") or ""
@@ -174,6 +183,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fail(error: LorakitError) -> int:
+    from lorakit.console import Console
+
     rank = _rank()
     if rank is None or not error.shared:
         Console().error(error, "" if rank is None else f"rank {rank}: ")
@@ -193,6 +204,8 @@ def _rank() -> int | None:
 
 def _usage(error: TyperException) -> UsageError:
     """Typer's own complaint about the command line, with what was probably meant as the hint."""
+    import difflib
+
     message = getattr(error, "message", "") or error.format_message()
     near, hint = list(getattr(error, "possibilities", None) or []), "`lorakit COMMAND --help` lists what it takes"
     if unknown := re.match(r"No such command '(.+?)'\.", message):
@@ -216,6 +229,9 @@ def _no_memory(error: Exception) -> OutOfMemory:
 
 def _bug(error: Exception) -> LorakitError:
     """A failure that nobody foresaw: the traceback goes to a file that is named, or is shown with LORAKIT_DEBUG=1."""
+    import tempfile
+    import traceback
+
     if os.environ.get("LORAKIT_DEBUG") == "1":
         traceback.print_exception(error)
     with tempfile.NamedTemporaryFile("w", prefix="lorakit-crash-", suffix=".txt", delete=False) as file:

@@ -5,12 +5,10 @@ Where nothing is offered, shells complete files themselves. Nothing that takes l
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lorakit.core.artifacts import MANIFEST
-from lorakit.core.config import TEMPLATES, Setting
 from lorakit.core.environment import cache_folder
 
 Offered = list[tuple[str, str]]
@@ -18,20 +16,18 @@ Offered = list[tuple[str, str]]
 _MOST_FOLDERS, _DEEPEST = 1000, 3
 
 
-def offered(command: str, setting: Setting) -> Callable[[str], Offered] | None:
-    """What completes a setting from what is typed of it, or None where files do."""
-    if setting.choices:
-        return lambda incomplete: [(choice, "") for choice in setting.choices]
-    if setting.name == "template":
-        return lambda incomplete: [(name, "") for name in TEMPLATES]
-    if setting.name == "blocks":
+def offered(command: str, name: str, words: Sequence[str]) -> Callable[[str], Offered] | None:
+    """What completes a setting of this name from what is typed of it, or None where files do."""
+    if words:
+        return lambda incomplete: [(word, "") for word in words]
+    if name == "blocks":
         return lambda incomplete: list({**dict(_local(incomplete, _is_blocks)), **dict(_cached())}.items())
-    if setting.name == "adapter":
+    if name == "adapter":
         return lambda incomplete: _local(incomplete, _is_adapter)
-    if command == "plan-devices" and setting.name == "model":
+    if command == "plan-devices" and name == "model":
         return lambda incomplete: _built_in() + _local(incomplete, _is_model)
-    if setting.name in ("model", "base", "tokenizer"):
-        adapters_too = command in ("chat", "evaluate") and setting.name == "model"
+    if name in ("model", "base", "tokenizer"):
+        adapters_too = command in ("chat", "evaluate") and name == "model"
         return lambda incomplete: _local(incomplete, lambda at: _is_model(at) or (adapters_too and _is_adapter(at)))
     return None
 
@@ -55,6 +51,8 @@ def _is_model(folder: Path) -> bool:
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
+    from lorakit.core.disk import MANIFEST
+
     try:
         found = json.loads((folder / MANIFEST).read_bytes())
     except (OSError, ValueError):

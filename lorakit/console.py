@@ -2,12 +2,11 @@
 
 Text from users is printed without markup. Colour is never the only sign; rich leaves it out for pipes and NO_COLOR.
 On a terminal sentences are wrapped between words; figures, commands and everything in a pipe stay one line, however
-long: a path or a command in two pieces can't be copied. What a stream's encoding lacks is written in ASCII.
+long: a path or a command in two pieces can't be copied.
 """
 
 import codecs
 import contextlib
-import io
 import itertools
 import json
 import os
@@ -325,31 +324,6 @@ def _words(text: Text) -> Iterator[Text]:
     """Pieces that begin with a word and end with the space behind it; what stands between backquotes is one."""
     ends = [found.end() for found in re.finditer(r"(?:`[^`]*`|\S)+\s*|^\s+", text.plain)]
     return iter(text.divide([end for end in ends if end < len(text)]))
-
-
-_ASCII = {
-    **{"→": "->", "×": "x", "·": ".", "…": "...", "–": "-", "−": "-", "≥": ">=", "≤": "<=", "≈": "~", "√": "sqrt "},
-    **{"█": "#", "━": "-", "╸": "-", "╺": "-", "²": "^2", "³": "^3", "‘": "'", "’": "'", "“": '"', "”": '"'},
-}
-"""lorakit's own signs, for code pages that lack them."""
-
-
-def _in_ascii(error: UnicodeError) -> tuple[str, int]:
-    if not isinstance(error, UnicodeEncodeError):
-        raise error
-    lacking = error.object[error.start : error.end]
-    shown = (_ASCII.get(sign) or sign.encode("ascii", "backslashreplace").decode() for sign in lacking)
-    return "".join(shown), error.end
-
-
-def write_everywhere() -> None:
-    """Have stdout and stderr write anything, and stdin read anything, whatever their encoding; once a process."""
-    codecs.register_error("lorakit", _in_ascii)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="lorakit")
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="replace")
 
 
 def _bar(stream: "_Stream") -> Any:

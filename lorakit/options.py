@@ -1,74 +1,78 @@
 """Config models → command-line options, and back: one place, one precedence (default < --config file < option).
 
+What options there are is read from `data/options.json`, which is made of the configs (`python -m tests.pages`) and
+which a test compares with them: importing the configs takes longer than all else that `--help` and Tab do.
 Every option reaches typer as text; the config checks it, so that all problems are reported at once and in one voice.
 """
 
 import inspect
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
 from lorakit.completion import offered
-from lorakit.console import Console
 from lorakit.core import environment
-from lorakit.core.artifacts import SETTINGS
-from lorakit.core.config import (
-    ChatConfig,
-    DemoConfig,
-    DoctorConfig,
-    EvaluateConfig,
-    MergeConfig,
-    PackingSection,
-    PatchAttentionConfig,
-    PlanDevicesConfig,
-    PrepareConfig,
-    Setting,
-    StepConfig,
-    TrainConfig,
-    option_name,
-)
 from lorakit.core.errors import UsageError
-from lorakit.core.untrusted import MAX_SETTINGS_BYTES, parse_yaml, read_small
+
+if TYPE_CHECKING:
+    from lorakit.console import Console
 
 RUN_PANEL = "This command"
 _NO = "no_"
-_RECIPES = Path(__file__).parent / "data" / "recipes"
+_DATA = Path(__file__).parent / "data"
+_RECIPES = _DATA / "recipes"
 
-CONFIGS: Mapping[str, type[StepConfig]] = {
-    "prepare": PrepareConfig,
-    "patch-attention": PatchAttentionConfig,
-    "plan-devices": PlanDevicesConfig,
-    "train": TrainConfig,
-    "merge": MergeConfig,
-    "chat": ChatConfig,
-    "evaluate": EvaluateConfig,
-    "doctor": DoctorConfig,
-    "demo": DemoConfig,
-}
+
+class Option(NamedTuple):
+    """A setting as the command line shows it, see `Setting` in core/config.py."""
+
+    name: str
+    """Of the setting: `block_size`."""
+    label: str
+    """What is typed: `--block-size`, or an argument's metavar."""
+    off: str | None
+    """What turns it off, of a switch that is on."""
+    short: str | None
+    title: str
+    help: str
+    metavar: str | None
+    """None of a switch."""
+    argument: bool
+    repeated: bool
+    words: list[str]
+    """What Tab offers for it, where that can be listed."""
+
+
+def options_of(command: str) -> list[Option]:
+    """A command's options but those of every command, in the order of `--help`."""
+    return [Option(**facts) for facts in json.loads((_DATA / "options.json").read_bytes())[command]]
 
 
 def command(name: str, body: Callable[..., None]) -> Callable[..., None]:
     """What typer registers for a command: `body`'s docstring as help, an option for every setting of its config."""
-    config_class = CONFIGS[name]
-    settings = config_class.settings()
+    options = options_of(name)
 
     def run(config_file: Path | None, json: bool, quiet: bool, verbose: bool, **given: Any) -> None:
         if quiet and verbose:
             raise UsageError("found both --quiet and --verbose, need one of them", "leave one out")
         if verbose:
             environment.be_verbose()
+        from lorakit.console import Console
+        from lorakit.core.config import CONFIGS
+
         console = Console(json=json, quiet=quiet, verbose=verbose)
         typed = {name: value for name, value in given.items() if value not in (None, False, [])}
-        typed |= {name: False for name in settings if typed.pop(_NO + name, False)}
+        typed |= {option.name: False for option in options if typed.pop(_NO + option.name, False)}
         layers = [_file_layer(config_file, typed, console)] if config_file is not None else []
         try:
-            body(config_class.resolve(*layers, (None, typed)), console)
+            body(CONFIGS[name].resolve(*layers, (None, typed)), console)
         finally:
             console.close()
 
-    parameters = [parameter for setting in settings.values() for parameter in _parameters(name, setting)]
+    parameters = [parameter for option in options for parameter in _parameters(name, option)]
     config_help = "Settings file (YAML), or a folder that holds one."
     config_help += f" Or a recipe: {', '.join(recipes())}." if name == "train" else ""
     config_file = typer.Option(
@@ -90,34 +94,30 @@ def command(name: str, body: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def _parameters(command: str, setting: Setting) -> list[inspect.Parameter]:
-    kind, extra = setting.kind, setting.extra
-    if extra["positional"]:
+def _parameters(command: str, option: Option) -> list[inspect.Parameter]:
+    kind = list[str] | None if option.repeated else str | None
+    completing = offered(command, option.name, option.words)
+    if option.argument:
         argument = typer.Argument(
-            help=setting.help,
-            metavar=setting.metavar,
-            show_default=False,
-            autocompletion=offered(command, setting),
+            help=option.help, metavar=option.metavar, show_default=False, autocompletion=completing
         )
-        return [_keyword(setting.name, list[str] | None if extra["repeated"] else str | None, None, argument)]
-    if kind is bool and setting.field.default:  # shown by what turns it off; the other is for what a file turned off
-        off = f"Turn off {setting.label}: {setting.help}"
+        return [_keyword(option.name, kind, None, argument)]
+    if option.off:  # shown by what turns it off; the other is for what a file turned off
         return [
-            _flag(_NO + setting.name, option_name(_NO + setting.name), off, setting.title),
-            _flag(setting.name, setting.label, setting.help, setting.title, hidden=True),
+            _flag(_NO + option.name, option.off, f"Turn off {option.label}: {option.help}", option.title),
+            _flag(option.name, option.label, option.help, option.title, hidden=True),
         ]
-    if kind is bool:
-        return [_flag(setting.name, setting.label, setting.help, setting.title)]
-    names = [option_name(setting.name)] + ([extra["short"]] if extra["short"] else [])
-    option = typer.Option(
-        *names,
-        help=setting.help,
-        metavar=setting.metavar,
+    if option.metavar is None:
+        return [_flag(option.name, option.label, option.help, option.title)]
+    shown = typer.Option(
+        *filter(None, (option.label, option.short)),
+        help=option.help,
+        metavar=option.metavar,
         show_default=False,
-        rich_help_panel=setting.title,
-        autocompletion=offered(command, setting),
+        rich_help_panel=option.title,
+        autocompletion=completing,
     )
-    return [_keyword(setting.name, list[str] | None if extra["repeated"] else str | None, None, option)]
+    return [_keyword(option.name, kind, None, shown)]
 
 
 def _flag(name: str, option: str, help: str, panel: str, *, hidden: bool = False) -> inspect.Parameter:
@@ -138,8 +138,10 @@ def _is_recipe(path: Path) -> bool:
     return not path.exists() and str(path) in recipes()
 
 
-def _file_layer(path: Path, typed: Mapping[str, object], console: Console) -> tuple[str, Mapping[str, object]]:
+def _file_layer(path: Path, typed: Mapping[str, object], console: "Console") -> tuple[str, Mapping[str, object]]:
     """A settings file's name and settings; what a recipe says of making blocks isn't for blocks that are there."""
+    from lorakit.core.config import PackingSection
+
     content = read_settings(path)
     unused = [name for name in content if name in PackingSection.model_fields]
     if unused and typed.get("blocks") and _is_recipe(path):
@@ -151,6 +153,9 @@ def _file_layer(path: Path, typed: Mapping[str, object], console: Console) -> tu
 def read_settings(path: Path) -> Mapping[str, object]:
     """The flat settings in a YAML file, in the `lorakit.yaml` of a folder, or in a recipe where nothing of that name is
     there. Raises UsageError, DiskFailed."""
+    from lorakit.core.artifacts import SETTINGS
+    from lorakit.core.untrusted import MAX_SETTINGS_BYTES, parse_yaml, read_small
+
     file = path / SETTINGS if path.is_dir() else _RECIPES / f"{path}.yaml" if _is_recipe(path) else path
     hint = (
         f"give a file of `name: value` lines, as every lorakit output holds one ({SETTINGS}), or one of the recipes: "

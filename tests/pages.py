@@ -1,13 +1,18 @@
-"""A page for each command, made of its config's own words: `python -m tests.pages` writes them anew."""
+"""What is made of the configs' own words: a page for each command, and the options that the command line reads.
 
+`python -m tests.pages` writes them anew.
+"""
+
+import json
 from itertools import groupby
 from pathlib import Path
 
 from lorakit.cli import COMMANDS
-from lorakit.core.config import Setting, option_name
-from lorakit.options import CONFIGS
+from lorakit.core.config import CONFIGS, Setting, option_name
+from lorakit.options import Option
 
-PAGES = Path(__file__).parents[1] / "lorakit" / "docs"
+_PACKAGE = Path(__file__).parents[1] / "lorakit"
+PAGES, OPTIONS = _PACKAGE / "docs", _PACKAGE / "data" / "options.json"
 
 
 def page(name: str) -> str:
@@ -49,7 +54,30 @@ def _help(knob: Setting) -> str:
     return off + knob.help.replace("|", "\\|")
 
 
+def options() -> str:
+    """Every option of every command, as JSON."""
+    table = {name: [_option(knob)._asdict() for knob in config.settings().values()] for name, config in CONFIGS.items()}
+    return json.dumps(table, indent=1, ensure_ascii=False) + "\n"
+
+
+def _option(knob: Setting) -> Option:
+    is_switch = knob.kind is bool
+    return Option(
+        name=knob.name,
+        label=knob.label,
+        off=option_name(f"no_{knob.name}") if is_switch and knob.field.default else None,
+        short=knob.extra["short"],
+        title=knob.title,
+        help=knob.help,
+        metavar=None if is_switch else knob.metavar,
+        argument=_is_argument(knob),
+        repeated=knob.extra["repeated"],
+        words=list(knob.words),
+    )
+
+
 def main() -> None:
+    OPTIONS.write_text(options(), encoding="utf-8")
     PAGES.mkdir(exist_ok=True)
     for name in COMMANDS:
         (PAGES / f"{name}.md").write_text(page(name), encoding="utf-8")

@@ -2,7 +2,7 @@
 
 `tests/guard` notes each error that any process of the suite makes, with the lines that made it. After the whole suite
 (`pytest` alone) `tests/conftest.py` asks here which places were reached by no test, and whether each error says what
-lorakit's errors say: something found, something needed, a hint.
+lorakit's errors say: something found, something needed, a hint. What is wrong fails the suite.
 """
 
 import ast

@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 
 from lorakit.cli import COMMANDS
+from lorakit.core.config import CONFIGS
 from lorakit.core.shapes import built_in
-from lorakit.options import CONFIGS, recipes
+from lorakit.options import recipes
 from tests.conftest import Ran, make_tokenizer
 
 HEAVY = {
     *("torch", "transformers", "peft", "datasets", "accelerate", "bitsandbytes", "tokenizers", "huggingface_hub"),
-    *("numpy", "safetensors"),
+    *("numpy", "safetensors", "lorakit.core.config", "lorakit.console"),
 }
 
 

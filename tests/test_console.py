@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 
 from lorakit.console import Console, Signals
+from lorakit.core.config import CONFIGS
 from lorakit.core.errors import InputRefused
 from lorakit.core.events import Notice, Progress
-from lorakit.options import CONFIGS
 from tests.conftest import Ran, make_tokenizer
 
 MARKUP = "[q_proj] [bold]x[/bold] [/] [red] :smile: 'a' 3.14 https://example.com \\[y]"
@@ -328,7 +328,8 @@ def test_a_command_that_fails_takes_its_bar_away_and_shows_the_cursor(raised: st
 @pytest.mark.parametrize("encoding", ["ascii", "cp437", "cp1252", "utf-8"])
 def test_what_a_code_page_lacks_is_written_in_ascii(encoding: str) -> None:
     script = """
-from lorakit.console import Console, write_everywhere
+from lorakit.console import Console
+from lorakit.streams import write_everywhere
 from lorakit.core.errors import InputRefused
 write_everywhere()
 Console().say("1 × 2 → ≥ 3 …")

@@ -5,8 +5,8 @@ import xml.etree.ElementTree as xml
 
 import pytest
 
-from lorakit.options import CONFIGS
-from tests.pages import PAGES, page
+from lorakit.core.config import CONFIGS
+from tests.pages import OPTIONS, PAGES, options, page
 from tests.picture import COMMANDS, PICTURE, draw, settled
 
 
@@ -14,6 +14,11 @@ from tests.picture import COMMANDS, PICTURE, draw, settled
 def test_a_page_is_what_the_config_says(name: str) -> None:
     """`python -m tests.pages` writes them anew."""
     assert (PAGES / f"{name}.md").read_text(encoding="utf-8") == page(name)
+
+
+def test_the_options_are_what_the_configs_say() -> None:
+    """`python -m tests.pages` writes them anew."""
+    assert OPTIONS.read_text(encoding="utf-8") == options()
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -39,7 +44,7 @@ def test_the_picture_is_small_whole_and_fetches_nothing() -> None:
     shown = "".join(root.itertext()).replace("\xa0", " ")
     for command in COMMANDS:
         assert command[:40] in shown
-    assert "It fits:" in shown
+    assert all(result in shown for result in ("It fits:", "trained tokens", "tokens/s", "merged model"))
     assert "error:" not in shown
     assert "/tmp" not in shown
     assert "/root" not in shown

@@ -23,6 +23,7 @@ from lorakit.core import (
     accelerate_config,
     adapters,
     artifacts,
+    blocks,
     disk,
     elastic,
     hub,
@@ -366,3 +367,24 @@ def test_a_signal_before_there_is_anything_to_save(asked: str, code: int) -> Non
         signals.stop_if_asked()
         signals.asked = asked
         shows(ExitCode(code), "need time", "run the same command again", signals.stop_if_asked)
+
+
+def test_blocks_that_cant_be_mapped_into_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = {"tokens": np.uint32, "trained": np.uint8, "document": np.uint16}
+    path = tmp_path / "blocks-00001.safetensors"
+    safetensors.numpy.save_file({name: np.zeros((2, 8), kind) for name, kind in kinds.items()}, path)
+    opened: Any = SimpleNamespace(size=8, _shards=[], _firsts=[0])
+    blocks.Blocks._add_shard(opened, path)
+    assert opened._firsts == [0, 2]
+    monkeypatch.setattr(blocks, "safe_open", failing)
+    code, found, hint = ExitCode.ARTIFACT_DAMAGED, "found [Errno 5] Input/output error, need blocks", "lorakit prepare"
+    shows(code, found, hint, blocks.Blocks._add_shard, opened, path)
+
+
+def test_a_connection_to_another_rank_that_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("Connection closed by peer [127.0.0.1]:4242")
+
+    monkeypatch.setattr(parallel, "_all_told", broken)
+    found = "found that the connection to another process broke (Connection closed by peer [127.0.0.1]:4242)"
+    shows(ExitCode.RANK_FAILED, found, "look for the first error", parallel._exchange, {}, 2)

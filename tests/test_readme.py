@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
-from lorakit.core.config import MergeConfig, PlanDevicesConfig, PrepareConfig, TrainConfig, option_name
+from lorakit.core.config import CONFIGS, MergeConfig, PlanDevicesConfig, PrepareConfig, TrainConfig, option_name
 from lorakit.core.planning import plan_devices
-from lorakit.options import CONFIGS
 from tests.shown_errors import places
 from tests.test_options import TRAIN, parsed
 

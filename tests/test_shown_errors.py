@@ -6,10 +6,12 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from tests import shown_errors
+from tests import conftest, shown_errors
 from tests.shown_errors import CLASSES, is_whole, noted, places, problems
 
 FOREIGN = "198.51.100.7"  # of documentation, RFC 5737
@@ -104,3 +106,45 @@ def test_places_of_every_class_are_found() -> None:
     assert {name for name in CLASSES if any(place.text.startswith(name) for place in found)} >= CLASSES - {
         "LorakitError"
     }
+
+
+def judged(monkeypatch: pytest.MonkeyPatch, seen: Path, **asked: object) -> tuple[int, list[str]]:
+    """The exit status of a green session whose processes noted this, and what is told at its end."""
+    monkeypatch.setenv("LORAKIT_TESTS_SEEN", str(seen))
+    monkeypatch.setattr(conftest, "_SEEN", {})
+    monkeypatch.setattr(conftest, "_PROBLEMS", told := [])
+    source = asked.pop("args_source", pytest.Config.ArgsSource.TESTPATHS)
+    config = SimpleNamespace(args_source=source, option=SimpleNamespace(**{"markexpr": "not slow", **asked}))
+    session: Any = SimpleNamespace(config=config, exitstatus=pytest.ExitCode.OK)
+    conftest.pytest_sessionfinish(session)
+    return int(session.exitstatus), told
+
+
+def test_the_whole_suite_fails_where_one_place_is_reached_by_no_test(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = {"class": "X", "message": "found a, need b", "hint": "do c", "test": "t"}
+    lines = [
+        json.dumps({**facts, "places": [[str(shown_errors.ROOT / place.path), place.first]]}) + "\n"
+        for place in places()
+    ]
+    (tmp_path / "errors").write_text("".join(lines))
+    assert judged(monkeypatch, tmp_path) == (0, [])
+    last = places()[-1]
+    (tmp_path / "errors").write_text("".join(line for line in lines if line != lines[-1]))
+    assert judged(monkeypatch, tmp_path) == (1, [f"no test shows the error of {last}"])
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"args_source": pytest.Config.ArgsSource.ARGS},
+        {"keyword": "x"},
+        {"markexpr": "slow"},
+        {"deselect": ["tests/test_tree.py"]},
+    ],
+)
+def test_a_part_of_the_suite_is_not_judged(
+    asked: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert judged(monkeypatch, tmp_path, **asked) == (0, [])

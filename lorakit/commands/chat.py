@@ -2,15 +2,15 @@
 
 from typing import TYPE_CHECKING
 
-from lorakit.console import Console
 from lorakit.core.errors import LorakitError, Stopped
 
 if TYPE_CHECKING:
+    from lorakit.console import Console
     from lorakit.core.config import ChatConfig
     from lorakit.core.generation import Conversation
 
 
-def run(config: "ChatConfig", console: Console) -> None:
+def run(config: "ChatConfig", console: "Console") -> None:
     """Talk with a base, an adapter or a merged model; --prompt asks and exits, a pipe is answered line by line.
 
     Example: lorakit chat runs/mine --prompt "Why is the sky blue?"
@@ -39,7 +39,7 @@ def run(config: "ChatConfig", console: Console) -> None:
             console.error(error)
 
 
-def _ask(question: str, talk: "Conversation", model: str, console: Console) -> None:
+def _ask(question: str, talk: "Conversation", model: str, console: "Console") -> None:
     """Say the answer as it comes, until Ctrl-C; with --json an object a turn."""
     answer = None
     with console.answering() as stopped:

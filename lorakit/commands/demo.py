@@ -2,30 +2,30 @@
 
 import json
 import shlex
-import subprocess
 import sys
 import time
-from importlib.resources import as_file, files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorakit.console import Console
 from lorakit.core.errors import LorakitError
 
 if TYPE_CHECKING:
+    from lorakit.console import Console
     from lorakit.core.config import DemoConfig
 
 TRAINING = ["--learning-rate", "1e-3", "--rank", "16", "--no-gradient-checkpointing", "--save-steps", "20"]
 BLOCK_SIZE = 256
 
 
-def run(config: "DemoConfig", console: Console) -> None:
+def run(config: "DemoConfig", console: "Console") -> None:
     """Show the whole flow on a real small model: ask, prepare, train, ask again, merge, ask again.
 
     Takes a few minutes on a laptop; every command line that it runs is printed, so that each step can be repeated.
 
     Example: lorakit demo
     """
+    from importlib.resources import as_file, files
+
     from lorakit.core.starter import starter_folder
 
     started = time.monotonic()
@@ -94,8 +94,10 @@ def _is_right(answer: dict[str, Any]) -> bool:
     return all(str(answer["expect"]).lower() in str(answer[stage]).lower() for stage in ("trained", "merged"))
 
 
-def _run_command(arguments: list[str], console: Console, ran: list[str]) -> Any:
+def _run_command(arguments: list[str], console: "Console", ran: list[str]) -> Any:
     """Run one lorakit command as the user would; returns its JSON. Its errors are its own, and so is its exit code."""
+    import subprocess
+
     ran.append(shlex.join(["lorakit", *arguments]))
     console.note(f"$ {ran[-1]}")
     quiet = ["--quiet"] if console.quiet else []

@@ -2,13 +2,12 @@
 
 from typing import TYPE_CHECKING
 
-from lorakit.console import Console
-
 if TYPE_CHECKING:
+    from lorakit.console import Console
     from lorakit.core.config import DoctorConfig
 
 
-def run(config: "DoctorConfig", console: Console) -> None:
+def run(config: "DoctorConfig", console: "Console") -> None:
     """Check this machine (packages, drivers, GPUs, kernels by running them, disks, the Hub) and say how to fix it.
 
     Example: lorakit doctor --for plan.json

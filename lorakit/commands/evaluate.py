@@ -2,14 +2,13 @@
 
 from typing import TYPE_CHECKING
 
-from lorakit.console import Console
-
 if TYPE_CHECKING:
+    from lorakit.console import Console
     from lorakit.core.config import EvaluateConfig
     from lorakit.core.evaluation import Measured
 
 
-def run(config: "EvaluateConfig", console: Console) -> None:
+def run(config: "EvaluateConfig", console: "Console") -> None:
     """Measure loss and perplexity over trained tokens, and answers to rows; for an adapter, its base's beside it.
 
     Example: lorakit evaluate runs/mine --dataset test.jsonl --exact-match --answer-pattern "#### (.*)"

@@ -5,13 +5,12 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorakit.console import Console
-
 if TYPE_CHECKING:
+    from lorakit.console import Console
     from lorakit.core.config import MergeConfig
 
 
-def run(config: "MergeConfig", console: Console) -> None:
+def run(config: "MergeConfig", console: "Console") -> None:
     """Add an adapter to its base, or several with weights, and verify what was written.
 
     Example: lorakit merge runs/mine --output merged

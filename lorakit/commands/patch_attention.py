@@ -4,16 +4,15 @@ import shlex
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from lorakit.console import Console
-
 if TYPE_CHECKING:
+    from lorakit.console import Console
     from lorakit.core.attention.proving import Row
     from lorakit.core.config import PatchAttentionConfig
 
 _HEADER = ("case", "implementation", "kernel", "difference", "× eager's", "ms", "MiB", "× speed", "")
 
 
-def run(config: "PatchAttentionConfig", console: Console) -> None:
+def run(config: "PatchAttentionConfig", console: "Console") -> None:
     """Prove every attention implementation for a model's shape against float64, measure it, and apply the best.
 
     Example: lorakit patch-attention meta-llama/Llama-3.1-8B --apply

@@ -2,15 +2,15 @@
 
 from typing import TYPE_CHECKING
 
-from lorakit.console import Console
 from lorakit.core.errors import OutOfMemory
 
 if TYPE_CHECKING:
+    from lorakit.console import Console
     from lorakit.core.config import PlanDevicesConfig
     from lorakit.core.placement import Load, Plan
 
 
-def run(config: "PlanDevicesConfig", console: Console) -> None:
+def run(config: "PlanDevicesConfig", console: "Console") -> None:
     """Say before a run whether it fits, on which devices, and what to change where it doesn't. No weights are needed.
 
     Example: lorakit plan-devices llama-65b --gpus 8x24GiB --quantize int8 --block-size 600 --batch-size 2

@@ -5,13 +5,12 @@ import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from lorakit.console import Console
-
 if TYPE_CHECKING:
+    from lorakit.console import Console
     from lorakit.core.config import PrepareConfig
 
 
-def run(config: "PrepareConfig", console: Console) -> None:
+def run(config: "PrepareConfig", console: "Console") -> None:
     """Turn a dataset into packed blocks of tokens that `lorakit train` reads.
 
     Example: lorakit prepare rows.jsonl --tokenizer ./model --block-size 2048 --output blocks

@@ -4,19 +4,19 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorakit.console import Console, Signals
-
 if TYPE_CHECKING:
+    from lorakit.console import Console
     from lorakit.core.config import TrainConfig
 
 
-def run(config: "TrainConfig", console: Console) -> None:
+def run(config: "TrainConfig", console: "Console") -> None:
     """Train a LoRA adapter on blocks over a frozen base model.
 
     Stopped or killed, it goes on when the same command is run again.
 
     Example: lorakit train --model ./model --blocks blocks --output runs/mine
     """
+    from lorakit.console import Signals
     from lorakit.core import doctor, environment
 
     worker = environment.worker()

@@ -22,17 +22,19 @@ import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from lorakit import __version__
 from lorakit.core import disk
-from lorakit.core.config import StepConfig, differences
-from lorakit.core.errors import ArtifactDamaged, InputRefused, Mismatch, disk_failed
+from lorakit.core.disk import MANIFEST
+from lorakit.core.errors import ArtifactDamaged, InputRefused, Mismatch, differences, disk_failed
 from lorakit.core.untrusted import parse_json
 
-MANIFEST = "lorakit.json"
+if TYPE_CHECKING:
+    from lorakit.core.config import StepConfig
+
 SETTINGS = "lorakit.yaml"
 FORMAT = 1
 LIBRARIES = ("torch", "transformers", "peft", "tokenizers", "safetensors", "numpy")
@@ -214,7 +216,7 @@ def lock(target: Path, on_wait: Callable[[str], None] | None = None) -> Iterator
 def claim(
     target: Path,
     kind: str,
-    config: StepConfig,
+    config: "StepConfig",
     parents: Mapping[str, str],
     *,
     overwrite: bool,
@@ -253,7 +255,7 @@ def claim(
 
 
 def refuse_other_work(
-    artifact: Artifact, config: StepConfig, parents: Mapping[str, str], hint: str, may_differ: Collection[str] = ()
+    artifact: Artifact, config: "StepConfig", parents: Mapping[str, str], hint: str, may_differ: Collection[str] = ()
 ) -> None:
     """Raises Mismatch with the differences where `artifact` comes from other settings or inputs than these."""
     wanted = {name: value for name, value in config.identity().items() if name not in may_differ}
@@ -264,7 +266,7 @@ def refuse_other_work(
         raise Mismatch(f"{artifact.path}: found {artifact.kind} of other work, need the same:\n  {listed}", hint)
 
 
-def _made_with(artifact: Artifact, config: StepConfig, name: str, wanted: object) -> object:
+def _made_with(artifact: Artifact, config: "StepConfig", name: str, wanted: object) -> object:
     """A setting of an artifact; of one that is newer than the artifact what it means there, as it is wanted now where
     that agrees with it."""
     before = config.settings()[name].extra["before"]
@@ -281,7 +283,7 @@ def commit(
     kind: str,
     files: Iterable[tuple[str, disk.Content]],
     *,
-    config: StepConfig,
+    config: "StepConfig",
     parents: Mapping[str, str],
     facts: Mapping[str, Any],
     keep: Iterable[str] = (),
@@ -421,7 +423,7 @@ def remove(folder: Path) -> None:
         raise disk_failed(error, folder) from error
 
 
-def settings_text(config: StepConfig) -> bytes:
+def settings_text(config: "StepConfig") -> bytes:
     """The resolved settings as the `lorakit.yaml` that `--config` accepts back."""
     return yaml.safe_dump(config.flat(), sort_keys=False).encode()  # in ASCII: PyYAML reads a raw U+0085 as a space
 

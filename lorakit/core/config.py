@@ -2,6 +2,7 @@
 
 A step's config is made of sections (`config.lora.rank`). To the user it is flat: the field `rank` of the section
 `LoraSection` is the option `--rank`, the key `rank` in a settings file, and the line `rank` in `lorakit.yaml`.
+After a change, `python -m tests.pages` writes anew what is made of them: `data/options.json` and the pages in `docs/`.
 """
 
 import difflib
@@ -17,7 +18,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
-from lorakit.core.errors import UsageError
+from lorakit.core.errors import UsageError, differences
 
 Attention = Literal["auto", "varlen", "sdpa", "flex_attention", "eager", "flash_attention_2", "flash_attention_3"]
 Quantization = Literal["none", "int8", "nf4", "fp4", "fp8"]
@@ -938,6 +939,11 @@ class Setting(NamedTuple):
         return get_args(kind) if get_origin(kind) is Literal else ()
 
     @property
+    def words(self) -> tuple[str, ...]:
+        """What a shell offers for it at Tab: its choices, or names that it takes beside files."""
+        return TEMPLATES if self.name == "template" else self.choices
+
+    @property
     def metavar(self) -> str:
         """What stands for its value in `--help`."""
         if self.extra["metavar"]:
@@ -1067,15 +1073,6 @@ def _number(bound: float) -> str:
 def option_name(name: str) -> str:
     """The option of a setting: `block_size` is `--block-size`, `for_`, by a word that Python keeps, `--for`."""
     return "--" + name.removesuffix("_").replace("_", "-")
-
-
-def differences(found: Mapping[str, object], wanted: Mapping[str, object]) -> list[str]:
-    """`name: found X, asked for Y` for every key that differs between two flat mappings."""
-    return [
-        f"{name}: found {found.get(name)!r}, asked for {wanted.get(name)!r}"
-        for name in dict.fromkeys((*found, *wanted))
-        if found.get(name) != wanted.get(name)
-    ]
 
 
 class PrepareConfig(StepConfig):
@@ -1324,3 +1321,17 @@ class DemoConfig(StepConfig):
 
 class DoctorConfig(StepConfig):
     doctor: DoctorSection
+
+
+CONFIGS: Mapping[str, type[StepConfig]] = {
+    "prepare": PrepareConfig,
+    "patch-attention": PatchAttentionConfig,
+    "plan-devices": PlanDevicesConfig,
+    "train": TrainConfig,
+    "merge": MergeConfig,
+    "chat": ChatConfig,
+    "evaluate": EvaluateConfig,
+    "doctor": DoctorConfig,
+    "demo": DemoConfig,
+}
+"""The settings of each command."""

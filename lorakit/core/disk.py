@@ -21,6 +21,9 @@ from typing import Any
 
 from lorakit.core.errors import Busy, DiskFailed, disk_failed
 
+MANIFEST = "lorakit.json"
+"""The file that makes a folder an artifact, see artifacts.py."""
+
 
 @dataclass(frozen=True)
 class FileRange:

@@ -1,13 +1,12 @@
-"""This machine and its environment variables. The only file of the core that reads or sets one."""
+"""This machine and its environment variables. The only file of the core that reads or sets one.
 
-import base64
-import ctypes
-import hashlib
+Every command line imports it, Tab and `--help` too: what few functions need is imported by them.
+"""
+
 import logging
 import os
 import re
 import signal
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +78,8 @@ def ready_for_workers(num_processes: int) -> None:
 def stop_with_parent() -> None:
     """Have the kernel send this process SIGTERM when the one that started it dies, however it does (Linux only)."""
     if sys.platform == "linux":
+        import ctypes
+
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG, prctl(2)
 
 
@@ -122,7 +123,9 @@ def quiet_profiler() -> None:
 def patched_transformers() -> str | None:
     """Whether someone has edited the Llama source of the installed transformers by hand (an old recipe for flash
     attention), and how to undo it: the file's hash beside the one that was recorded when it was installed."""
-    import importlib.metadata  # slow to import, and `--help` needs none of it
+    import base64
+    import hashlib
+    import importlib.metadata
 
     try:
         distribution = importlib.metadata.distribution("transformers")
@@ -176,6 +179,8 @@ def tracking_project(tracker: str) -> str:
 def free_gpu_bytes() -> list[int]:
     """The free memory of each NVIDIA GPU that CUDA_VISIBLE_DEVICES shows, as the driver says; none where there is no
     driver. No torch."""
+    import subprocess
+
     command = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout

@@ -16,6 +16,7 @@ LorakitError ─┬─ UsageError            2   an option, argument or settings
 
 import errno
 import os
+from collections.abc import Mapping
 from enum import IntEnum
 from pathlib import Path
 
@@ -132,6 +133,15 @@ class Stopped(LorakitError):
 def first_line(error: BaseException) -> str:
     """What an error of another library says, short enough for ours."""
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def differences(found: Mapping[str, object], wanted: Mapping[str, object]) -> list[str]:
+    """`name: found X, asked for Y` for every key that differs between two flat mappings."""
+    return [
+        f"{name}: found {found.get(name)!r}, asked for {wanted.get(name)!r}"
+        for name in dict.fromkeys((*found, *wanted))
+        if found.get(name) != wanted.get(name)
+    ]
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from lorakit import __version__
-from lorakit.core.config import IN_8_BITS, differences
-from lorakit.core.errors import EnvironmentUnusable, InputRefused, Mismatch, OutOfMemory, UsageError
+from lorakit.core.config import IN_8_BITS
+from lorakit.core.errors import EnvironmentUnusable, InputRefused, Mismatch, OutOfMemory, UsageError, differences
 from lorakit.core.memory import (
     CPU_PROCESS_BYTES,
     LOSS_TOKENS,

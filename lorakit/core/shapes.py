@@ -12,7 +12,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from lorakit.core.config import is_pattern
 from lorakit.core.errors import InputRefused
 from lorakit.core.hub import config_folder
 from lorakit.core.untrusted import read_json_object
@@ -123,6 +122,8 @@ class Shape:
 
 def is_called(module: str, name: str) -> bool:
     """Whether a name of --target-modules means a module: its own name, the end of it, or a regular expression."""
+    from lorakit.core.config import is_pattern  # pydantic would take longer than all that Tab asks of this room
+
     if is_pattern(name):
         return re.fullmatch(name, module) is not None
     return module == name or module.endswith(f".{name}")

@@ -12,10 +12,13 @@ import tempfile
 import time
 from pathlib import Path
 
-from lorakit.options import CONFIGS
+from lorakit.core.config import CONFIGS
 
 RUNS = 15
-TABS = ("lorakit tr", "lorakit train --quant", "lorakit train --quantize n", "lorakit merge --ver")
+TABS = (
+    *("lorakit tr", "lorakit train --quant", "lorakit train --quantize n", "lorakit merge --ver"),
+    *("lorakit merge ", "lorakit train --blocks ", "lorakit plan-devices llama-3"),
+)
 """What is typed where a shell asks for completions."""
 
 

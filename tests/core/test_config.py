@@ -21,7 +21,6 @@ from lorakit.core.config import (
     PrepareConfig,
     StepConfig,
     TrainConfig,
-    differences,
     is_pattern,
     option_name,
 )
@@ -861,11 +860,3 @@ def test_what_only_says_where_or_how_often_is_no_part_of_it(name: str, value: ob
     changed = train(**beside, **{name: value})
     assert changed != train(**beside)
     assert changed.identity() == train(**beside).identity()
-
-
-def test_differences_name_each_setting_with_both_values() -> None:
-    assert differences({"a": 1, "b": 2}, {"b": 3, "c": None, "d": 4}) == [
-        "a: found 1, asked for None",
-        "b: found 2, asked for 3",
-        "d: found None, asked for 4",
-    ]

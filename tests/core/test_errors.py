@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lorakit.core import errors
-from lorakit.core.errors import ExitCode, LorakitError, Stopped, disk_failed
+from lorakit.core.errors import ExitCode, LorakitError, Stopped, differences, disk_failed
 from tests.conftest import Ran
 
 KINDS = [
@@ -181,3 +181,11 @@ def test_every_failure_has_a_hint() -> None:
                 starred = any(isinstance(argument, ast.Starred) for argument in node.args)
                 assert starred or len(node.args) == 2, f"{path.name}:{node.lineno}"
                 assert not (len(node.args) == 2 and isinstance(node.args[1], ast.Constant) and not node.args[1].value)
+
+
+def test_differences_name_each_setting_with_both_values() -> None:
+    assert differences({"a": 1, "b": 2}, {"b": 3, "c": None, "d": 4}) == [
+        "a: found 1, asked for None",
+        "b: found 2, asked for 3",
+        "d: found None, asked for 4",
+    ]

@@ -3,12 +3,14 @@
 import json
 import os
 import random
+import time
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
+from lorakit.core import sources
 from lorakit.core.errors import HubFailed
 from tests.core.test_hub import COMMIT, OTHER_COMMIT, Hub, hub
 from tests.core.test_readers import (
@@ -248,6 +250,7 @@ def test_the_default_subset_is_marked_or_named_or_the_only_one(tmp_path: Path) -
         ("- {config_name: a, data_files: linked.jsonl}", "a link out of the dataset's folder"),
         ("- {config_name: a, data_files: '*.jsonl'}", "a link out of the dataset's folder"),
         ("- {config_name: a, data_files: no*.jsonl}", "no data file that README.md's patterns for split train match"),
+        ("- {config_name: a, data_files: '[z-a].jsonl'}", "the pattern '[z-a].jsonl', need a glob pattern"),
         ("- {config_name: a, data_files: 5}", "data_files of '5'"),
         ("- {config_name: a, data_files: [{split: train}]}", "data_files of"),
         ("- {config_name: a, data_files: [{path: [1]}]}", "data_files of"),
@@ -263,6 +266,19 @@ def test_a_readme_that_leads_astray_is_refused(configs: str, found: str, tmp_pat
     put(tmp_path / "secret.jsonl", jsonl("secret"))
     (folder / "linked.jsonl").symlink_to(tmp_path / "secret.jsonl")
     assert found in refusal(folder).message
+
+
+def test_a_pattern_of_a_readme_that_backtracks_without_end_is_refused_in_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "_CPU_SECONDS", 1.0)
+    pattern = "**/*a" * 12 + "b"
+    folder = readme(tree(tmp_path / "d", f"{'a' * 60}.jsonl"), f"- {{config_name: a, data_files: '{pattern}'}}")
+    began = time.process_time()
+    refused = refusal(folder)
+    assert "which takes over 1 s to match; need a simple one" in refused.message
+    assert refused.hint == "name the data files themselves"
+    assert time.process_time() - began < 3
 
 
 @pytest.mark.parametrize("text", ["# No front matter", "---\nlicense: mit\n---\n", "---\n---\n", "---\nno end", "\xff"])

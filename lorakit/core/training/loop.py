@@ -22,7 +22,7 @@ from lorakit.core.artifacts import Artifact
 from lorakit.core.attention import apply
 from lorakit.core.blocks import VALIDATION, Batch, Blocks
 from lorakit.core.calibration import CALIBRATION_TOKENS, Calibration
-from lorakit.core.config import CALIBRATED, Engine, SamplingSection, TrainConfig, differences, option_name
+from lorakit.core.config import CALIBRATED, Engine, SamplingSection, TrainConfig, option_name
 from lorakit.core.environment import free_ram_bytes
 from lorakit.core.errors import (
     ArtifactDamaged,
@@ -34,6 +34,7 @@ from lorakit.core.errors import (
     RankFailed,
     Stopped,
     UsageError,
+    differences,
     first_line,
     is_out_of_memory,
 )
