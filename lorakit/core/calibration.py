@@ -49,6 +49,8 @@ class Calibration:
     """Of each quantized matrix: the size of its outputs' error beside that of its outputs."""
     kept: list[str] = field(default_factory=list)
     """Matrices that stay in 16 bits, for they or their neighbours would have lost too much."""
+    unmeasured: list[str] = field(default_factory=list)
+    """Matrices that there was no memory to calibrate or to measure: rounded to the nearest."""
 
     def told(self, kind: str, dtype: str) -> str:
         """One line on what the base has lost."""
@@ -56,6 +58,7 @@ class Calibration:
         ordered = sorted(self.errors.items(), key=lambda error: error[1]) or [("none", 0.0)]
         middle, (name, worst) = ordered[len(ordered) // 2][1], ordered[-1]
         kept = f"; in {dtype} stay {', '.join(self.kept)}" if self.kept else ""
+        kept += f"; no memory to calibrate {len(self.unmeasured)}, rounded to the nearest" if self.unmeasured else ""
         return (
             f"base in {kind}, {how}: loss {self.quantized_loss:.4f} on the first blocks, {self.exact_loss:.4f} in "
             f"{dtype}; its matrices' outputs are off by {middle:.1%}, at most {worst:.1%} ({name}){kept}"
@@ -136,11 +139,18 @@ class _Through:
         for name, inputs in self.inputs.items():
             together.setdefault(id(inputs), []).append(name)
         for names in together.values():
-            self._quantize(names, self.inputs[names[0]].flatten(0, -2).float())
+            try:
+                self._quantize(names, self.inputs[names[0]])
+            except torch.OutOfMemoryError:  # the moments of wide inputs take more than a training step's room, perhaps
+                self.into.unmeasured += [f"{self.name}.{name}" for name in names]
+                for name in names:
+                    made = quantized(self.layer.get_submodule(name), self.how, f"{self.name}.{name}")
+                    self.layer.set_submodule(name, made)
         self.inputs.clear()
 
-    def _quantize(self, names: list[str], x_TK: Tensor) -> None:
+    def _quantize(self, names: list[str], inputs: Tensor) -> None:
         """The matrices that read the same inputs: all of them, or none."""
+        x_TK = inputs.flatten(0, -2).float()
         moments_KK = x_TK.t() @ x_TK / len(x_TK)
         spread = Spread.of(moments_KK) if self.into.compensates else None
         made, errors = {}, {}

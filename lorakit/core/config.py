@@ -424,8 +424,8 @@ class ModelSection(Section):
     calibrate: bool = setting(
         True,
         "Round a base in fp8, nf4 or fp4 so that its outputs for some 4,000 tokens of the blocks change least (GPTQ), "
-        "instead of each number to its nearest. Takes a while when a run begins or goes on; not with --parallel fsdp "
-        "or split, nor with --plan.",
+        "instead of each number to its nearest. Takes some seconds when a run begins or goes on; not where a base "
+        "lies on several devices.",
     )
     int8_threshold: float = setting(
         6.0, "Inputs larger than this are multiplied in 16 bits over an 8-bit base (LLM.int8).", ge=0

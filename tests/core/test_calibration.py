@@ -219,6 +219,28 @@ def test_linear_layers_that_lie_the_other_way_round_are_quantized_too(kind: str)
     assert (found - expected).norm() / expected.norm() < 0.2
 
 
+def test_without_memory_for_the_moments_a_matrix_is_rounded_to_the_nearest(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of wide inputs they are many times the matrix itself."""
+    right = Spread.of
+
+    def of(moments: torch.Tensor) -> Spread:
+        if len(moments) == 128:  # down_proj's
+            raise torch.OutOfMemoryError("no room")
+        return right(moments)
+
+    monkeypatch.setattr(Spread, "of", of)
+    given = calibration()
+    model, plain = loaded(llama, "nf4", given), loaded(llama, "nf4", None)
+    names = {f"model.layers.{number}.mlp.down_proj" for number in range(len(decoder_layers(model)))}
+    assert set(given.unmeasured) == names
+    for name in names | set(given.errors):
+        same = torch.equal(model.get_submodule(name).weight, plain.get_submodule(name).weight)
+        assert same == (name in names)
+    assert f"no memory to calibrate {len(names)}, rounded to the nearest" in given.told("nf4", "fp32")
+
+
 # From the command line
 
 

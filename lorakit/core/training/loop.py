@@ -262,6 +262,9 @@ class Run:
             calibration=calibration,
         )
         if calibration is not None:
+            if self.device.type == "cuda":  # what it took is free again, and no part of a step's peak
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
             self.report(Notice(calibration.told(config.model.quantize, dtype_name(dtype))))
         self.state.attention = _attention(base, config, self.state.attention, self.report)
         self.report(Notice(f"attention: {self.state.attention}"))
