@@ -54,8 +54,9 @@ def quantize_layers(model: PreTrainedModel, module: torch.nn.Module, how: Quanti
     """
     if how.kind == "none":
         return
-    for name, linear in linear_layers(model, module).items():
-        module.set_submodule(name, quantized(linear.to(device, how.dtype), how, name))
+    for name in list(linear_layers(model, module)):  # by names: who holds all layers keeps all their 16 bits there
+        linear = module.get_submodule(name).to(device, how.dtype)
+        module.set_submodule(name, quantized(linear, how, name))
 
 
 def quantized(layer: Any, how: Quantizing, name: str = "a linear layer") -> torch.nn.Module:

@@ -7,14 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from lorakit.core.blocks import Batch
 from lorakit.core.calibration import Calibration, Grid, Spread, compensated
 from lorakit.core.evaluation import loss_sum
-from lorakit.core.fast.storage import FP8, FrozenLinear, exact
+from lorakit.core.fast.storage import FP8
 from lorakit.core.model import decoder_layers, load_base
-from lorakit.core.quantization import Quantizing, quantize_layers
 from lorakit.core.weights import open_weights
 from tests.conftest import Ran, make_llama
 
@@ -197,48 +196,6 @@ def test_a_matrix_that_would_lose_too_much_stays_exact_with_its_neighbours(tmp_p
     layers = {name: type(module) for name, module in found.named_modules() if isinstance(module, torch.nn.Linear)}
     assert {name for name, kind in layers.items() if kind is torch.nn.Linear} == names | {"lm_head"}
     assert f"in fp32 stay {', '.join(given.kept)}" in given.told("fp8", "fp32")
-
-
-@pytest.mark.parametrize("kind", ["fp8", "nf4", "int8"])
-def test_linear_layers_that_lie_the_other_way_round_are_quantized_too(kind: str) -> None:
-    """GPT-2's."""
-    config = AutoConfig.for_model("gpt2", vocab_size=96, n_embd=64, n_layer=2, n_head=4, n_positions=64)
-    torch.manual_seed(0)
-    plain = AutoModelForCausalLM.from_config(config).eval()
-    made = AutoModelForCausalLM.from_config(config).eval()
-    made.load_state_dict(plain.state_dict())
-    how = Quantizing(kind, torch.float32, by_rows=kind == "fp8")
-    quantize_layers(made, made, how, CPU)
-    layer = made.transformer.h[0].attn.c_attn
-    assert type(layer).__name__ == {"fp8": "FrozenLinear", "nf4": "Linear4bit", "int8": "Linear8bitLt"}[kind]
-    if isinstance(layer, FrozenLinear):
-        stored = exact([layer.weight, layer.scale], "fp8", [192], 64, torch.float32)
-        assert torch.allclose(stored, plain.transformer.h[0].attn.c_attn.weight.t(), rtol=0.07, atol=1e-3)
-    ids = torch.arange(20)[None]
-    expected, found = plain(ids).logits, made(ids).logits
-    assert (found - expected).norm() / expected.norm() < 0.2
-
-
-def test_without_memory_for_the_moments_a_matrix_is_rounded_to_the_nearest(
-    llama: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of wide inputs they are many times the matrix itself."""
-    right = Spread.of
-
-    def of(moments: torch.Tensor) -> Spread:
-        if len(moments) == 128:  # down_proj's
-            raise torch.OutOfMemoryError("no room")
-        return right(moments)
-
-    monkeypatch.setattr(Spread, "of", of)
-    given = calibration()
-    model, plain = loaded(llama, "nf4", given), loaded(llama, "nf4", None)
-    names = {f"model.layers.{number}.mlp.down_proj" for number in range(len(decoder_layers(model)))}
-    assert set(given.unmeasured) == names
-    for name in names | set(given.errors):
-        same = torch.equal(model.get_submodule(name).weight, plain.get_submodule(name).weight)
-        assert same == (name in names)
-    assert f"no memory to calibrate {len(names)}, rounded to the nearest" in given.told("nf4", "fp32")
 
 
 # From the command line
