@@ -170,7 +170,10 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def put(value: Tensor, into: Tensor) -> None:
-    """Overwrite a tensor, or this process's shard of it, with a whole one."""
+    """Overwrite a tensor, or this process's shard of it, with a whole one. Raises ValueError for one of another shape,
+    of which torch would take parts more than once."""
+    if value.shape != into.shape:
+        raise ValueError(f"a tensor of {list(value.shape)} for one of {list(into.shape)}")
     if isinstance(into, DTensor):
         # every process has all of it: none asks another, so that one that fails before keeps nobody waiting
         value = distribute_tensor(value.to(into.device), into.device_mesh, into.placements, src_data_rank=None)

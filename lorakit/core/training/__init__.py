@@ -86,25 +86,26 @@ def train(
             blocks = Blocks(folders)
             weights, parents = _inputs(config, world)
             parents["blocks"] = blocks.fingerprint
-        place = None
+        place, facts = None, None
         with world.together():
             if world.is_first:
                 place = _claim(config, target, blocks, parents, report, locks)
-        if world.share(place.done is not None if place else None):
-            facts = dict(place.done.facts) if place and place.done else {}
-            already = bool(place and place.folder == target)
-        else:
+                if place.done is not None:
+                    facts = vars(place.done.facts_as(Trained, path=target, already_done=True))
+        facts = world.share(facts)
+        already = facts is not None and bool(place and place.folder == target)
+        if facts is None:
             folder, newest = world.share(place.shared if place else None)
             with world.together():
                 checkpoint = artifacts.open_artifact(Path(newest), "checkpoint") if newest else None
                 run = Run(config, Path(folder), blocks, weights, parents, checkpoint, world, report)
-            facts, already = run.go(should_stop), False
+            facts = run.go(should_stop)
         if place and place.folder != target:
             artifacts.replace(place.folder, target)
         url, repository = None, config.hub.push_to_hub
         if world.is_first and repository is not None:
             url = push_folder(target, repository, private=config.hub.private, report=report)
-    return Trained(path=target, already_done=already, url=url, **facts)
+    return Trained(**{**facts, "path": target, "already_done": already, "url": url})
 
 
 @dataclass(frozen=True)
