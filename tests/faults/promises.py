@@ -66,7 +66,7 @@ PROMISES: Mapping[str, Promise] = {
     ),
     "P8": Promise(
         "SIGTERM: a step is finished and saved, exit code 75, the same adapter after the same command",
-        "real signals at random moments, every fifth to two ranks",
+        "real signals at random moments, half of them to two ranks",
         training.prove_signals,
         ("the save of a stop",),
     ),
