@@ -103,7 +103,8 @@ def mutated_json(raw: bytes, chance: random.Random) -> bytes:
             marks.append(chance.choice(RAW))
             inside[key] = f"@{len(marks) - 1}@"
         elif what < 0.6 and type(inside[key]) in (int, float):
-            inside[key] += chance.choice((-1, 1, 8, -8, 0.5, 2**32))
+            with suppress(OverflowError):  # where it was made huge before
+                inside[key] += chance.choice((-1, 1, 8, -8, 0.5, 2**32))
         else:
             inside[key] = copy.deepcopy(chance.choice(HOSTILE))
     text = json.dumps(content).encode()
