@@ -12,13 +12,14 @@ The system calls are disk.py's.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import importlib.metadata
 import json
-import math
 import os
 import re
 import shutil
+import sys
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -107,7 +108,7 @@ def as_dataclass(kind: type[_Made], content: Mapping[str, Any], path: Path) -> _
     InputRefused."""
     try:
         made = pydantic.TypeAdapter(kind).validate_json(json.dumps(content, default=str), strict=True)
-        fault = next((name for name, value in vars(made).items() if value in (math.inf, -math.inf)), None)
+        fault = next((name for name, value in vars(made).items() if _is_too_large(value)), None)
         reason = "a number that is too large"
     except pydantic.ValidationError as error:
         first = error.errors(include_url=False)[0]
@@ -119,6 +120,15 @@ def as_dataclass(kind: type[_Made], content: Mapping[str, Any], path: Path) -> _
         "need what lorakit wrote",
         "don't use this folder: someone made that file by hand",
     )
+
+
+def _is_too_large(value: Any) -> bool:
+    """Whether a number is in it that floats don't hold, as JSON may have them."""
+    if isinstance(value, dict | list):
+        return any(map(_is_too_large, value.values() if isinstance(value, dict) else value))
+    if dataclasses.is_dataclass(value):
+        return any(map(_is_too_large, vars(value).values()))
+    return isinstance(value, int | float) and not -sys.float_info.max <= value <= sys.float_info.max
 
 
 def _canonical(content: object) -> bytes:

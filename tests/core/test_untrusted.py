@@ -319,7 +319,7 @@ class Facts:
     "facts",
     [
         *({}, {"steps": "2"}, {"steps": None}, {"steps": 2.5}, {"steps": True}, {"steps": [2]}),
-        *({"steps": 2, "loss": 10**400}, {"steps": 2, "loss": "1"}, {"steps": 2, "best": "1"}),
+        *({"steps": 2, "loss": 10**400}, {"steps": 2, "loss": "1"}, {"steps": 2, "best": "1"}, {"steps": 10**400}),
     ],
     ids=lambda facts: str(facts)[:40],
 )

@@ -269,7 +269,8 @@ def check_own_adapter(box: Path) -> str | None:
     other = [name for name, value in said.items() if getattr(trained, name, value) != value]
     if other:
         return f"another {other}"
-    return None if adapter.artifact.manifest["files"] else "an adapter of no files"
+    needed = {adapters.CONFIG, adapters.WEIGHTS}
+    return None if needed <= set(adapter.artifact.manifest["files"]) else "an adapter of unchecked files"
 
 
 def check_blocks(box: Path) -> str | None:

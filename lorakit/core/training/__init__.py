@@ -28,7 +28,7 @@ from lorakit.core.artifacts import Artifact
 from lorakit.core.blocks import Blocks
 from lorakit.core.config import TrainConfig
 from lorakit.core.environment import let_gpu_memory_grow, make_cublas_deterministic, worker
-from lorakit.core.errors import InputRefused, Mismatch, UsageError
+from lorakit.core.errors import InputRefused, Mismatch, Stopped, UsageError
 from lorakit.core.events import Report
 from lorakit.core.hub import model_folder, push_folder
 from lorakit.core.model import pick_device
@@ -76,8 +76,11 @@ def train(
     last step saved.
     """
     let_gpu_memory_grow()
+    device = pick_device()
+    if asked := should_stop():
+        raise Stopped.early(interrupted=asked == "interrupt")
     with (
-        joined(worker(), config.devices.parallel, pick_device()) as world,
+        joined(worker(), config.devices.parallel, device) as world,
         ExitStack() as locks,
         _kernels(deterministic=config.batch.deterministic),
     ):
@@ -91,7 +94,8 @@ def train(
             if world.is_first:
                 place = _claim(config, target, blocks, parents, report, locks)
                 if place.done is not None:
-                    facts = vars(place.done.facts_as(Trained, path=target, already_done=True))
+                    done = place.done.facts_as(Trained, path=target, already_done=True)
+                    facts = {**vars(done), "path": str(target)}  # as JSON holds it
         facts = world.share(facts)
         already = facts is not None and bool(place and place.folder == target)
         if facts is None:
