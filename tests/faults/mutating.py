@@ -20,18 +20,19 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pydantic
 import safetensors.numpy
 import tokenizers
 import yaml
 
-from lorakit.core import adapters, artifacts, disk, weights
+from lorakit.core import adapters, artifacts, disk, tokenization, weights
 from lorakit.core.blocks import Blocks
 from lorakit.core.config import TrainConfig
 from lorakit.core.errors import LorakitError
@@ -535,6 +536,13 @@ def take_away(without: str | None) -> None:
         adapters._refuse_unusable = lambda *_: None
     elif without == "checks of shard names":
         weights._SHARD_NAME = re.compile(".*", re.DOTALL)
+    elif without == "checks of facts":
+        artifacts.as_dataclass = lambda kind, content, _: pydantic.TypeAdapter(kind).validate_json(
+            json.dumps(content, default=str)
+        )
+    elif without == "checks of tokenizers":
+        tokenization._refuse_unusable = lambda _: None
+        tokenization._of_strangers = lambda _: nullcontext()  # type: ignore[assignment]
     elif without == "checks of hashes":
         disk.sha256 = lambda path: artifacts.read_manifest(path.parent)["files"][path.name]["sha256"]
 
