@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lorakit.core import blocks
 from lorakit.core.training import loop
 from tests.faults.server import begun, command, ended, said_by_each
 from tests.faults.tally import Tally
@@ -96,7 +97,12 @@ def prepared(work: Path, size_bytes: int) -> tuple[int, int, int]:
     source, output = work / "stream.jsonl.gz", work / "stream-blocks"
     read_bytes = stream(source, size_bytes)
     given = ["--tokenizer", work / "inputs" / "tiny", "--block-size", 256, "--output", output, "--quiet"]
-    child = begun(lambda: command(["prepare", source, *given, "--num-workers", 1]), work / "stream.log", 3600)
+
+    def body() -> int:
+        blocks._SHARD_BYTES = 64 * 2**20  # as everywhere but in these tests
+        return command(["prepare", source, *given, "--num-workers", 1])
+
+    child = begun(body, work / "stream.log", 3600)
     peak, done = [0], threading.Event()
 
     def look() -> None:
