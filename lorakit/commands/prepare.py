@@ -31,7 +31,7 @@ def run(config: "PrepareConfig", console: "Console") -> None:
         "blocks": f"{prepared.path}{' (made before, with the same bytes)' if prepared.cached else ''}",
         "rows": f"{figures['rows']:,} → {figures['documents']:,} documents",
         "tokens": f"{figures['tokens']:,} in {all_blocks:,} blocks{held_out}, {prepared.fill:.1%} full",
-        "trained tokens": f"{figures['trained_tokens']:,}, {figures['trained_tokens'] / figures['tokens']:.1%}",
+        "trained tokens": f"{figures['trained_tokens']:,}, {figures['trained_tokens'] / max(figures['tokens'], 1):.1%}",
         "lengths": ", ".join(lengths),
         "longest": f"{figures['longest_tokens']:,} tokens, {figures['longest_row']}",
         "ends trained": f"{figures['ends_trained'] / max(figures['rows'] - figures['rejected'], 1):.1%} of the rows",

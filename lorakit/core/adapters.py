@@ -157,9 +157,11 @@ def open_adapter(folder: Path, report: Report) -> Adapter:
             )
         raise InputRefused(f"{folder}: found no {CONFIG}, need an adapter", "`lorakit train` makes adapters")
     artifact = artifacts.open_artifact(folder, "adapter") if artifacts.is_artifact(folder) else None
-    if artifact is not None and not {"base", "blocks"} <= set(artifact.parents):
+    if artifact is not None and not (
+        {"base", "blocks"} <= set(artifact.parents) and {CONFIG, WEIGHTS} <= set(artifact.manifest["files"])
+    ):
         raise InputRefused(
-            f"{folder}: found an adapter that doesn't say what it comes from, need one of lorakit's",
+            f"{folder}: found an adapter that doesn't say what it comes from or what it holds, need one of lorakit's",
             "don't use this folder: someone made its manifest by hand",
         )
     if artifact is None:

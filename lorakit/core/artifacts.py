@@ -12,25 +12,28 @@ The system calls are disk.py's.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import importlib.metadata
 import json
 import os
 import re
 import shutil
+import sys
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import pydantic
 import yaml
 
 from lorakit import __version__
 from lorakit.core import disk
 from lorakit.core.disk import MANIFEST
 from lorakit.core.errors import ArtifactDamaged, InputRefused, Mismatch, differences, disk_failed
-from lorakit.core.untrusted import parse_json
+from lorakit.core.untrusted import MAX_SETTINGS_BYTES, parse_json, read_small
 
 if TYPE_CHECKING:
     from lorakit.core.config import StepConfig
@@ -49,6 +52,8 @@ MADE_BY = {
 }
 """Every kind of artifact and the command that makes it."""
 
+_MAX_MANIFEST_BYTES = 4 * MAX_SETTINGS_BYTES  # a hundred thousand files
+_Made = TypeVar("_Made")
 _FILE_NAME = re.compile(r"(?!\.{1,2}$)[^/\x00]+")
 _REPLACED = "replaced.json"  # in a stage: the manifest of what it replaces in place
 _NEXT_TO_LAST = "adapter_config.json"  # a folder without it is no adapter to peft, so it appears after the weights
@@ -80,6 +85,13 @@ class Artifact:
         """What its maker found out (counts, losses, …)."""
         return dict(self.manifest["facts"])
 
+    def facts_as(self, maker: type[_Made], **given: object) -> _Made:
+        """Its facts, and what is given besides, as the dataclass that its maker returns.
+
+        Raises InputRefused where they aren't such facts: a manifest is no signature.
+        """
+        return as_dataclass(maker, {**self.facts, **given}, self.path / MANIFEST)
+
     @property
     def fingerprint(self) -> str:
         """The hash of its content: the same bytes give the same fingerprint, whenever and wherever they were made."""
@@ -91,6 +103,34 @@ class Artifact:
 def fingerprint(content: object) -> str:
     """sha256 of `content` as canonical JSON."""
     return hashlib.sha256(_canonical(content)).hexdigest()
+
+
+def as_dataclass(kind: type[_Made], content: Mapping[str, Any], path: Path) -> _Made:
+    """What a file of an artifact says, as this dataclass: each field of its type, numbers finite. Raises
+    InputRefused."""
+    try:
+        made = pydantic.TypeAdapter(kind).validate_json(json.dumps(content, default=str), strict=True)
+        fault = next((name for name, value in vars(made).items() if _is_too_large(value)), None)
+        reason = "a number that is too large"
+    except pydantic.ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        fault, reason = ".".join(map(str, first["loc"])) or "numbers", first["msg"]
+    if fault is None:
+        return made
+    raise InputRefused(
+        f"{path}: found {fault[:60]} that lorakit doesn't write ({reason}), though its hash is right; "
+        "need what lorakit wrote",
+        "don't use this folder: someone made that file by hand",
+    )
+
+
+def _is_too_large(value: Any) -> bool:
+    """Whether a number is in it that floats don't hold, as JSON may have them."""
+    if isinstance(value, dict | list):
+        return any(map(_is_too_large, value.values() if isinstance(value, dict) else value))
+    if dataclasses.is_dataclass(value):
+        return any(map(_is_too_large, vars(value).values()))
+    return isinstance(value, int | float) and not -sys.float_info.max <= value <= sys.float_info.max
 
 
 def _canonical(content: object) -> bytes:
@@ -112,13 +152,10 @@ def read_manifest(folder: Path, hint: str = "check the path") -> Mapping[str, An
     Raises InputRefused where there is none, ArtifactDamaged where any byte of it differs from what was written.
     """
     path = folder / MANIFEST
-    try:
-        raw = path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
+    if not os.path.lexists(path):
         found = "no such folder" if not folder.is_dir() else f"a folder without {MANIFEST}"
-        raise InputRefused(f"{folder}: found {found}, need a lorakit artifact", hint) from None
-    except OSError as error:
-        raise disk_failed(error, path) from error
+        raise InputRefused(f"{folder}: found {found}, need a lorakit artifact", hint)
+    raw = read_small(path, _MAX_MANIFEST_BYTES, hint)
     try:
         content = parse_json(raw)
         whole = _manifest_bytes(content) == raw

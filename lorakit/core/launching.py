@@ -224,8 +224,15 @@ class Watch:
             self._end_within(_STOPPING_SECONDS)
 
     def _is_failure(self, end: End) -> bool:
-        by_that_signal = self._asked is not None and end.code == -self._asked
-        return end.code not in (ExitCode.DONE, ExitCode.STOPPED, ExitCode.INTERRUPTED) and not by_that_signal
+        if self._asked is not None:
+            # by that signal, or for one whom it ended while they looked for one another
+            codes = {-int(self._asked), *((ExitCode.RANK_FAILED,) if self._ended_by_it() else ())}
+            if end.code in codes:
+                return False
+        return end.code not in (ExitCode.DONE, ExitCode.STOPPED, ExitCode.INTERRUPTED)
+
+    def _ended_by_it(self) -> bool:
+        return any(self._asked is not None and end.code == -self._asked for end in self.ends.values())
 
     def _end_within(self, seconds: float) -> None:
         self._deadline = min(self._deadline, time.monotonic() + seconds)

@@ -6,6 +6,7 @@ take the same way; a process that fails tells the others why instead of leaving 
 """
 
 import json
+import signal
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -140,7 +141,8 @@ def joined(worker: Worker | None, parallel: str | None, device: torch.device) ->
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
-        dist.init_process_group(backend, timeout=_TIMEOUT, device_id=device if device.type == "cuda" else None)
+        with _ended_by_signals():
+            dist.init_process_group(backend, timeout=_TIMEOUT, device_id=device if device.type == "cuda" else None)
     except (RuntimeError, ValueError) as error:
         raise EnvironmentUnusable(
             f"found no way to the other processes ({first_line(error)}), need all of them",
@@ -153,6 +155,18 @@ def joined(worker: Worker | None, parallel: str | None, device: torch.device) ->
         )
     yield World(worker.rank, worker.world_size, device, "fsdp" if parallel == "fsdp" else "ddp")
     dist.destroy_process_group()  # after a failure it may wait for processes that wait for this one; its end is enough
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Signals end this process at once: while it looks for the others no handler of Python's runs, who is looked for
+    may have been stopped before it began to look, and there is nothing to save yet."""
+    before = {which: signal.signal(which, signal.SIG_DFL) for which in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for which, handler in before.items():
+            signal.signal(which, handler)
 
 
 def scales_to(device: torch.device, layers: torch.nn.Module) -> None:
@@ -170,7 +184,10 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def put(value: Tensor, into: Tensor) -> None:
-    """Overwrite a tensor, or this process's shard of it, with a whole one."""
+    """Overwrite a tensor, or this process's shard of it, with a whole one. Raises ValueError for one of another shape,
+    of which torch would take parts more than once."""
+    if value.shape != into.shape:
+        raise ValueError(f"a tensor of {list(value.shape)} for one of {list(into.shape)}")
     if isinstance(into, DTensor):
         # every process has all of it: none asks another, so that one that fails before keeps nobody waiting
         value = distribute_tensor(value.to(into.device), into.device_mesh, into.placements, src_data_rank=None)

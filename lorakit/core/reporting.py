@@ -12,6 +12,7 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,31 @@ _BUCKETS = 400  # of a drawn line: more than a screen shows of it
 _WORTH_SMOOTHING = 20  # points
 
 
+@dataclass(frozen=True)
+class _Figures:
+    rows: int = 0
+    validation_rows: int = 0
+    documents: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+    rejected: int = 0
+    truncated: int = 0
+    longest_tokens: int = 0
+    dropped_by_reason: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What `prepare` says of a blocks folder, as far as the page shows it."""
+
+    blocks: int
+    validation_blocks: int
+    fill: float
+    format: str
+    template: str
+    figures: _Figures = _Figures()
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a run's JSONL file (`metrics.jsonl`, `samples.jsonl`), none where it isn't there. A line that was
     torn by a kill is left out. Raises DiskFailed."""
@@ -58,24 +84,25 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def data_summary(folders: Sequence[Artifact]) -> dict[str, Any]:
-    """What the page says of the blocks that a run was trained on: the facts of all folders together."""
-    facts = [folder.facts for folder in folders]
-    figures = [fact.get("figures", {}) for fact in facts]
-    blocks = sum(fact["blocks"] + fact["validation_blocks"] for fact in facts)
-    filled = sum(fact["fill"] * (fact["blocks"] + fact["validation_blocks"]) for fact in facts)
-    dropped = sum((Counter(figure.get("dropped_by_reason", {})) for figure in figures), Counter[str]())
+    """What the page says of the blocks that a run was trained on: the facts of all folders together. Raises
+    InputRefused where someone else than `prepare` wrote them."""
+    facts = [folder.facts_as(_Facts) for folder in folders]
+    figures = [fact.figures for fact in facts]
+    blocks = sum(fact.blocks + fact.validation_blocks for fact in facts)
+    filled = sum(fact.fill * (fact.blocks + fact.validation_blocks) for fact in facts)
+    dropped = sum((Counter(figure.dropped_by_reason) for figure in figures), Counter[str]())
     counted = ("rows", "validation_rows", "documents", "tokens", "trained_tokens", "rejected", "truncated")
     return {
         "folders": [str(folder.path) for folder in folders],
         "block_size": folders[0].config["block_size"],
-        "blocks": sum(fact["blocks"] for fact in facts),
-        "validation_blocks": sum(fact["validation_blocks"] for fact in facts),
+        "blocks": sum(fact.blocks for fact in facts),
+        "validation_blocks": sum(fact.validation_blocks for fact in facts),
         "fill": filled / max(blocks, 1),
-        **{name: sum(figure.get(name, 0) for figure in figures) for name in counted},
+        **{name: sum(getattr(figure, name) for figure in figures) for name in counted},
         "dropped": dict(dropped),
-        "longest_document": max(figure.get("longest_tokens", 0) for figure in figures),
-        "format": ", ".join(dict.fromkeys(str(fact["format"]) for fact in facts)),
-        "template": ", ".join(dict.fromkeys(str(fact["template"]) for fact in facts)),
+        "longest_document": max(figure.longest_tokens for figure in figures),
+        "format": ", ".join(dict.fromkeys(fact.format for fact in facts)),
+        "template": ", ".join(dict.fromkeys(fact.template for fact in facts)),
     }
 
 

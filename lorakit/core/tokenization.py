@@ -25,6 +25,7 @@ from lorakit.core.environment import cache_folder
 from lorakit.core.errors import InputRefused, LorakitError, disk_failed, first_line
 from lorakit.core.records import Rendered
 from lorakit.core.templates import Template
+from lorakit.core.untrusted import read_json_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 _FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "config.json", "vocab.*")
 _MORE_FILES = ("merges.txt", "spiece.model", "additional_chat_templates/*.jinja")
 _FORMAT = 2
+_MAX_BYTES = 128 * 2**20  # of tokenizer.json: the largest have a third of it
+_MAX_ID = 2**24
 _WORTH_A_BEGINNING = 16  # texts
 
 _Encoded = tuple[NDArray[np.uint32], NDArray[np.bool_]]
@@ -93,15 +96,11 @@ def load_tokenizer(folder: Path, add_tokens: Sequence[str] = ()) -> "PreTrainedT
     """
     from transformers import AddedToken, AutoTokenizer
 
-    try:
+    _refuse_unusable(folder / "tokenizer.json")
+    with _of_strangers(folder):
         with quiet_libraries():
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
-        raise InputRefused(
-            f"{folder}: found no tokenizer that transformers can load ({first_line(error)}), need one",
-            "give a folder that holds tokenizer.json and tokenizer_config.json",
-        ) from None
-    vocabulary = tokenizer.get_vocab()
+        vocabulary = tokenizer.get_vocab()
     known = [token for at, token in enumerate(add_tokens) if token in vocabulary or token in add_tokens[:at]]
     if known:
         raise InputRefused(
@@ -110,6 +109,49 @@ def load_tokenizer(folder: Path, add_tokens: Sequence[str] = ()) -> "PreTrainedT
         )
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in add_tokens])
     return tokenizer
+
+
+def _refuse_unusable(path: Path) -> None:
+    """Raises InputRefused for a vocabulary that the library takes and makes something else of: ids that it would make
+    gigabytes of, ids that mean two things."""
+    if not path.exists():
+        return
+    hint = "download it again"
+    content = read_json_object(path, hint, _MAX_BYTES)
+    model, added = content.get("model"), content.get("added_tokens")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    tokens = list(vocabulary.items()) if isinstance(vocabulary, dict) else []
+    for token in added if isinstance(added, list) else []:
+        text = token.get("content") if isinstance(token, dict) else None
+        if not isinstance(text, str):
+            raise InputRefused(f"{path}: found the added token {repr(token)[:60]}, need its content and id", hint)
+        if not isinstance(vocabulary, dict) or text not in vocabulary:
+            tokens.append((text, token.get("id")))
+    meanings: dict[int, Any] = {}
+    for text, number in tokens:
+        if type(number) is not int or not 0 <= number < _MAX_ID:
+            raise InputRefused(
+                f"{path}: found {repr(text)[:60]} with the id {repr(number)[:60]}, need a number below {_MAX_ID:,}",
+                hint,
+            )
+        if meanings.setdefault(number, text) != text:
+            both = f"{repr(meanings[number])[:60]} and {repr(text)[:60]}"
+            raise InputRefused(f"{path}: found the id {number} for {both}, need one token an id", hint)
+
+
+@contextlib.contextmanager
+def _of_strangers(place: object) -> Iterator[None]:
+    """What transformers and tokenizers say of files that they can't use, as InputRefused: they raise what comes, also
+    Exception itself."""
+    try:
+        yield
+    except (LorakitError, MemoryError):
+        raise
+    except Exception as error:
+        raise InputRefused(
+            f"{place}: found no tokenizer that transformers can load ({first_line(error)}), need one",
+            "give a folder that holds tokenizer.json and tokenizer_config.json",
+        ) from None
 
 
 def tokenizer_files(tokenizer: "PreTrainedTokenizerBase") -> dict[str, bytes]:
@@ -156,6 +198,11 @@ def spec_of(tokenizer: "PreTrainedTokenizerBase") -> TokenizerSpec:
             f"{tokenizer.name_or_path}: found a tokenizer without tokenizer.json, need a fast one",
             "choose a --tokenizer that has a tokenizer.json",
         )
+    with _of_strangers(tokenizer.name_or_path):
+        return _spec_of(tokenizer, backend)
+
+
+def _spec_of(tokenizer: "PreTrainedTokenizerBase", backend: Any) -> TokenizerSpec:
     backend.no_padding()
     backend.no_truncation()
     eos_id, pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
@@ -168,7 +215,7 @@ def spec_of(tokenizer: "PreTrainedTokenizerBase") -> TokenizerSpec:
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     return TokenizerSpec(
         backend=backend.to_str(),
-        chat_template=tokenizer.get_chat_template() if tokenizer.chat_template else None,
+        chat_template=_text(tokenizer.get_chat_template()) if tokenizer.chat_template else None,
         variables={name: _plain(value) for name, value in tokenizer.special_tokens_map.items()},
         bos_id=tokenizer.bos_token_id if starts_with_bos else None,
         eos_id=eos_id,
@@ -177,6 +224,12 @@ def spec_of(tokenizer: "PreTrainedTokenizerBase") -> TokenizerSpec:
         end_tokens=sorted({*special, *([tokenizer.eos_token] if tokenizer.eos_token else [])}),
         notes=notes,
     )
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"a chat template that is {type(value).__name__}")
+    return value
 
 
 def _plain(value: Any) -> Any:

@@ -272,6 +272,20 @@ def test_a_worker_that_never_stops_is_killed_in_the_end_and_named(
     assert caught.value.exit_code == 75
 
 
+def test_who_lost_a_rank_that_a_signal_ended_was_stopped_too(start: Started, tmp_path: Path) -> None:
+    """While ranks look for one another, a signal ends them as it ends any program."""
+    thread = when_started(tmp_path, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    program = """
+    if rank == 1:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    while not asked:
+        time.sleep(0.01)
+    sys.exit(10)
+    """
+    assert start(program) == ExitCode.STOPPED
+    thread.join()
+
+
 def test_a_failure_while_stopping_is_a_failure(start: Started, tmp_path: Path) -> None:
     thread = when_started(tmp_path, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert start("while not asked: time.sleep(0.01)\nsys.exit(7)") == ExitCode.DISK

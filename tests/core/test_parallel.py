@@ -1,11 +1,14 @@
 """Processes that train together: the losses of one, the same samples in the same order, shards that are shards, and
 failures that all hear of. Two processes on one CPU, over gloo; most of it in one start (two_processes.py)."""
 
+import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -411,6 +414,37 @@ def test_what_many_processes_cant_do_is_refused_before_a_model_is_loaded(
 def test_more_processes_than_blocks_are_refused(place: Place) -> None:
     with pytest.raises(UsageError, match=r"found 99 processes for \d+ blocks, need at most as many"):
         run_in(place, World(0, 99, torch.device("cpu"), "ddp"))
+
+
+LOOKING = """
+import signal, torch
+from lorakit.core.environment import Worker
+from lorakit.core.parallel import joined
+for which in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(which, lambda *_: None)  # a flag that is looked at after each step
+print("looking", flush=True)
+with joined(Worker(1, 2, 1, 2), "ddp", torch.device("cpu")):
+    print("found")
+"""
+
+
+@pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGINT])
+def test_a_process_that_waits_for_one_that_is_gone_is_ended_by_a_signal(which: signal.Signals) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    rank = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    program = [sys.executable, "-c", LOOKING]
+    environment = {**os.environ, **rank}
+    with subprocess.Popen(program, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"looking\n"
+        time.sleep(1)
+        process.send_signal(which)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=30)
+        process.kill()
+    assert process.returncode == -which
 
 
 def run_in(place: Place, world: World, **values: object) -> loop.Run:

@@ -1,6 +1,7 @@
 """Tokenization: the right tokens are trained at every edge, and what a tokenizer is is read once and kept."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +230,54 @@ def test_a_tokenizer_without_tokenizer_json_is_refused() -> None:
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputRefused, match="found no tokenizer that transformers can load"):
         load_spec(tmp_path)
+
+
+def without_number(tokenizer: Any) -> None:
+    tokenizer["model"]["vocab"]["A"] = "32"
+
+
+def far_away(tokenizer: Any) -> None:
+    tokenizer["model"]["vocab"]["A"] = 2**31
+
+
+def twice(tokenizer: Any) -> None:
+    tokenizer["model"]["vocab"]["A"] = tokenizer["model"]["vocab"]["B"]
+
+
+def taken(tokenizer: Any) -> None:
+    tokenizer["added_tokens"][0]["id"] = 5
+
+
+def nameless(tokenizer: Any) -> None:
+    tokenizer["added_tokens"][0]["content"] = ["<pad>"]
+
+
+def of_another_kind(tokenizer: Any) -> None:
+    tokenizer["truncation"] = "/etc/passwd"  # of which the library says `Exception`, and nothing more special
+
+
+@pytest.mark.parametrize("change", [without_number, far_away, twice, taken, nameless, of_another_kind])
+def test_a_tokenizer_of_nonsense_is_refused(change: Callable[[Any], None], tmp_path: Path) -> None:
+    """Ids that the library makes gigabytes of, or quietly other ids of; and what it raises Exception itself for."""
+    make_tokenizer(tmp_path / "t")
+    path = tmp_path / "t" / "tokenizer.json"
+    content = json.loads(path.read_bytes())
+    change(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputRefused):
+        load_spec(tmp_path / "t")
+
+
+@pytest.mark.parametrize(
+    "values", [{"tokenizer_class": 7}, {"tokenizer_class": "__class__"}, {"model_max_length": "["}]
+)
+def test_settings_of_nonsense_are_refused(values: dict[str, Any], tmp_path: Path) -> None:
+    """Where transformers raises AttributeError or TypeError."""
+    make_tokenizer(tmp_path / "t")
+    path = tmp_path / "t" / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_bytes()), **values}))
+    with pytest.raises(InputRefused, match="found no tokenizer that transformers can load"):
+        load_spec(tmp_path / "t")
 
 
 # Kept

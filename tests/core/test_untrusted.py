@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -305,6 +306,42 @@ def manifest(folder: Path, **values: Any) -> Path:
 def test_a_manifest_that_someone_made_is_refused(values: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(InputRefused, match="lorakit doesn't write"):
         artifacts.read_manifest(manifest(tmp_path / "hostile", **values))
+
+
+@dataclass
+class Facts:
+    steps: int
+    loss: float = 0.0
+    best: float | None = None
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        *({}, {"steps": "2"}, {"steps": None}, {"steps": 2.5}, {"steps": True}, {"steps": [2]}),
+        *({"steps": 2, "loss": 10**400}, {"steps": 2, "loss": "1"}, {"steps": 2, "best": "1"}, {"steps": 10**400}),
+    ],
+    ids=lambda facts: str(facts)[:40],
+)
+def test_facts_that_someone_made_are_refused(facts: dict[str, Any], tmp_path: Path) -> None:
+    folder = manifest(tmp_path / "hostile", facts=facts)
+    with pytest.raises(InputRefused, match="that lorakit doesn't write"):
+        artifacts.open_artifact(folder, "blocks").facts_as(Facts)
+
+
+def test_facts_of_a_newer_lorakit_are_no_obstacle(tmp_path: Path) -> None:
+    folder = manifest(tmp_path / "newer", facts={"steps": 2, "mood": "good"})
+    assert artifacts.open_artifact(folder, "blocks").facts_as(Facts, loss=1) == Facts(2, 1.0)
+
+
+def test_a_manifest_without_end_is_refused_and_so_is_none(tmp_path: Path) -> None:
+    for number, made in enumerate(
+        (lambda path: os.truncate(path, 2**26), lambda path: (path.unlink(), os.mkfifo(path)))
+    ):
+        folder = manifest(tmp_path / str(number))
+        made(folder / artifacts.MANIFEST)
+        with pytest.raises(InputRefused, match=r"found (over 16 MiB|no file)"):
+            artifacts.read_manifest(folder)
 
 
 def test_blocks_without_a_size_or_a_tokenizer_are_refused(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import argparse
 import importlib.metadata
 import os
 import platform
+import resource
 import subprocess
 import sys
 import tempfile
@@ -60,7 +61,7 @@ def main() -> int:
         import_all()
         make_inputs(work)
         for name, promise in chosen.items():
-            started = time.monotonic()
+            started, cpu_before = time.monotonic(), cpu_seconds()
 
             def proven(without: str | None, name: str = name) -> list[object]:
                 room = work / f"{name}-{without or 'whole'}"
@@ -75,12 +76,12 @@ def main() -> int:
                     failures.append(f"nothing was noticed without {without}")
                 noticed.append(without)
             bad += bool(failures) or not count
-            seconds = time.monotonic() - started
+            seconds, cpu = time.monotonic() - started, cpu_seconds() - cpu_before
             red = f"red without {', '.join(noticed)}"
             how = promise.how + (f"; {note}" if note else "")
-            figures = (f"{count:,}", str(len(failures)), red, f"{seconds:.0f}")
+            figures = (f"{count:,}", str(len(failures)), red, f"{seconds:.0f}", f"{cpu:.0f}")
             lines.append(f"| {' | '.join((name, promise.claim, how, *figures))} |")
-            say(f"{name}: {count:,} trials, {len(failures)} failed, {red}, {seconds:.1f} s; {note}")
+            say(f"{name}: {count:,} trials, {len(failures)} failed, {red}, {seconds:.1f} s, {cpu:.1f} CPU s; {note}")
             for failure in failures[:20]:
                 say(f"  {failure}")
         beside = (
@@ -88,15 +89,23 @@ def main() -> int:
             if "P1" in chosen and not asked.short
             else ""
         )
-    say("\n| | promise | tested by | trials | failed | negative control | s |\n|---|---|---|---|---|---|---|")
+    columns = ("", "promise", "tested by", "trials", "failed", "negative control", "s", "CPU s")
+    say(f"\n| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     say("\n".join(lines))
     say(f"\n{beside}")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in LIBRARIES)
     say(
         f"\n{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores ({platform.machine()}), Linux {platform.release()}, "
-        f"Python {platform.python_version()}, {versions}; {(time.monotonic() - began) / 60:.1f} minutes"
+        f"Python {platform.python_version()}, {versions}; {(time.monotonic() - began) / 60:.1f} minutes, "
+        f"{cpu_seconds() / 60:.1f} of CPU time"
     )
     return int(bad > 0)
+
+
+def cpu_seconds() -> float:
+    """Processor time of all processes that this one has waited for, which other work on the machine adds little to."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def say(line: str) -> None:

@@ -59,7 +59,7 @@ def problems_of(
 
 def prove(work: Path, *, short: bool, jobs: int, without: str | None = None) -> Tally:
     """`jobs` isn't used: the crowd is all at once."""
-    rounds = {"prepare": 2, "merge": 2} if short or without else {"prepare": 50, "merge": 50, "train": 5}
+    rounds = {"prepare": 2, "merge": 2} if short or without else {"prepare": 20, "merge": 20, "train": 10}
     tally, won, told = Tally(), 0, 0
     for name, count in rounds.items():
         case = loop.Case(work, name, "new")

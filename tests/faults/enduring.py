@@ -1,6 +1,7 @@
 """Long work with memory and file handles that stay flat: steps with checkpoints, rows by the gigabyte, many merges."""
 
 import gzip
+import itertools
 import json
 import os
 import random
@@ -12,8 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lorakit.core import blocks
 from lorakit.core.training import loop
-from tests.faults.server import begun, command, ended, said_by
+from tests.faults.server import begun, command, ended, said_by_each
 from tests.faults.tally import Tally
 from tests.faults.training import line
 
@@ -95,7 +97,12 @@ def prepared(work: Path, size_bytes: int) -> tuple[int, int, int]:
     source, output = work / "stream.jsonl.gz", work / "stream-blocks"
     read_bytes = stream(source, size_bytes)
     given = ["--tokenizer", work / "inputs" / "tiny", "--block-size", 256, "--output", output, "--quiet"]
-    child = begun(lambda: command(["prepare", source, *given, "--num-workers", 1]), work / "stream.log", 3600)
+
+    def body() -> int:
+        blocks._SHARD_BYTES = 64 * 2**20  # as everywhere but in these tests
+        return command(["prepare", source, *given, "--num-workers", 1])
+
+    child = begun(body, work / "stream.log", 3600)
     peak, done = [0], threading.Event()
 
     def look() -> None:
@@ -115,29 +122,34 @@ def prepared(work: Path, size_bytes: int) -> tuple[int, int, int]:
     return read_bytes, code, peak[0]
 
 
+def rows(work: Path, size_bytes: int) -> Any:
+    """A stream, and a twentieth of it."""
+    _, small_code, small_peak = prepared(work, size_bytes // 20)
+    began = time.monotonic()
+    read_bytes, code, peak = prepared(work, size_bytes)
+    seconds = time.monotonic() - began
+    problems = [] if code == small_code == 0 else [f"exit codes {small_code}, {code}"]
+    if peak > small_peak + MORE_BYTES:
+        problems.append(f"{peak / 2**20:.0f} MiB, {small_peak / 2**20:.0f} of a twentieth")
+    note = f"{read_bytes / 1e9:.1f} GB of rows in {peak / 2**20:.0f} MiB, {read_bytes / 1e6 / seconds:.0f} MB/s"
+    return [["rows by the gigabyte", problems, note]]
+
+
+def in_a_row(name: str, body: Callable[[], Any]) -> Any:
+    problems, resident, files = body()
+    return [[name, problems, f"{name} at {resident / 2**20:.0f} MiB with {files} open files"]]
+
+
 def prove(work: Path, *, short: bool, jobs: int, without: str | None = None) -> Tally:
-    """`jobs` isn't used: each of the three by itself."""
-    tally, notes = Tally(), []
-    num_steps, num_merges, size_bytes = (1000, 30, 2**28) if short else (10_000, 200, 2 * 10**9)
-    works: list[tuple[str, Callable[[], Any]]] = [
-        (f"{200 if without else num_merges} merges", partial(merges, work, 40 if without else num_merges, without))
-    ]
+    """Steps by one process, merges and then rows by another: `jobs` isn't used."""
+    num_steps, num_merges, size_bytes = (1000, 30, 2**28) if short else (10_000, 200, 20 * 10**9)
+    num_merges = 40 if without else num_merges
+    merging = partial(in_a_row, f"{num_merges} merges", partial(merges, work, num_merges, without))
+    bodies: list[Callable[[], Any]] = [merging]
     if without is None:
-        works.append((f"{num_steps:,} steps", partial(steps, work, num_steps, None)))
-    for name, body in works:
-        problems, resident, files = said_by(body, work / "enduring.log", 3600)
-        tally.add(name, problems)
-        notes.append(f"{name} at {resident / 2**20:.0f} MiB with {files} open files")
-    if without is None:
-        small = prepared(work, size_bytes // 20)
-        began = time.monotonic()
-        read_bytes, code, peak = prepared(work, size_bytes)
-        seconds = time.monotonic() - began
-        problems = [] if code == small[1] == 0 else [f"exit codes {small[1]}, {code}"]
-        problems += (
-            [] if peak <= small[2] + MORE_BYTES else [f"{peak / 2**20:.0f} MiB, {small[2] / 2**20:.0f} of a 20th"]
-        )
-        tally.add(f"{read_bytes / 1e9:.1f} GB prepared", problems)
-        notes.append(f"{read_bytes / 1e9:.1f} GB of rows prepared in {peak / 2**20:.0f} MiB, {seconds:.0f} s")
-    tally.note = ", ".join(notes)
+        stepping = partial(in_a_row, f"{num_steps:,} steps", partial(steps, work, num_steps, None))
+        bodies = [stepping, lambda: merging() + rows(work, size_bytes)]
+    tally = Tally()
+    for name, problems, note in itertools.chain(*said_by_each(bodies, work / "enduring.log", 3600)):
+        tally += Tally(1, [f"{name}: {'; '.join(problems)}"] if problems else [], note)
     return tally

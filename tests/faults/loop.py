@@ -400,7 +400,7 @@ def strike(
 
 EVERY: Mapping[bool, Mapping[str, int]] = {
     True: {"prepare": 1, "train": 4, "merge": 1},
-    False: {"prepare": 1, "train": 8, "merge": 2},
+    False: {"prepare": 1, "train": 16, "merge": 4},
 }
 """At every which call of a command a kill, or a failing disk, strikes."""
 

@@ -1,7 +1,9 @@
 """P4 and P5: files of strangers mutated a hundred thousand times, and every byte of an artifact flipped.
 
 A mutated file is refused with a LorakitError, or used rightly: what is merged is what a few lines of numpy make of the
-same files, read by `json` and the safetensors library. No file outside of the folders is opened meanwhile.
+same files, read by `json` and the safetensors library; blocks and checkpoints are what the safetensors library reads;
+tokens are those of the tokenizers library. No file outside of the folders is opened meanwhile. Files of an artifact are
+mutated behind its manifest, whose hashes are set right, as someone would who knows the format.
 """
 
 import copy
@@ -18,25 +20,33 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pydantic
 import safetensors.numpy
+import tokenizers
+import yaml
 
-from lorakit.core import adapters, artifacts, disk, weights
+from lorakit.core import adapters, artifacts, disk, tokenization, weights
+from lorakit.core.blocks import Blocks
 from lorakit.core.config import TrainConfig
 from lorakit.core.errors import LorakitError
 from lorakit.core.merging import apply
 from lorakit.core.merging.plan import Weighted, make_plan
 from lorakit.core.placement import read_plan
-from lorakit.core.records import parse_row
+from lorakit.core.records import Rendered, parse_row
+from lorakit.core.reporting import data_summary
 from lorakit.core.templates import Template, TemplateRefused
+from lorakit.core.tokenization import Codec, load_spec
+from lorakit.core.training import Trained, checkpoints
 from lorakit.options import read_settings
 from tests.bench import merge as bench
-from tests.conftest import CHATML
+from tests.conftest import CHATML, make_tokenizer
 from tests.faults.server import command, forked, said_by, said_by_each
 from tests.faults.tally import Tally
 
@@ -94,7 +104,8 @@ def mutated_json(raw: bytes, chance: random.Random) -> bytes:
             marks.append(chance.choice(RAW))
             inside[key] = f"@{len(marks) - 1}@"
         elif what < 0.6 and type(inside[key]) in (int, float):
-            inside[key] += chance.choice((-1, 1, 8, -8, 0.5, 2**32))
+            with suppress(OverflowError):  # where it was made huge before
+                inside[key] += chance.choice((-1, 1, 8, -8, 0.5, 2**32))
         else:
             inside[key] = copy.deepcopy(chance.choice(HOSTILE))
     text = json.dumps(content).encode()
@@ -136,10 +147,25 @@ def mutated_safetensors(raw: bytes, chance: random.Random) -> bytes:
 def mutated_manifest(raw: bytes, chance: random.Random) -> bytes:
     """Mostly with its hash set right, as someone would who knows the format."""
     changed = mutated_json(raw, chance)
-    if chance.random() < 0.8:
+    if chance.random() < 0.9:
         with suppress(ValueError, TypeError, AttributeError, RecursionError):
             return artifacts._manifest_bytes(json.loads(changed))
     return changed
+
+
+def mutated_settings(raw: bytes, chance: random.Random) -> bytes:
+    """Settings in YAML: other bytes, or another value, of which JSON is one way to write it."""
+    if chance.random() < 0.5:
+        return mutated_bytes(raw, chance)
+    return mutated_json(json.dumps(yaml.safe_load(raw)).encode(), chance)
+
+
+def sealed(folder: Path) -> None:
+    """Make an artifact's manifest say what its files are now."""
+    path = folder / artifacts.MANIFEST
+    manifest = json.loads(path.read_bytes())
+    files = {name: disk.described(folder / name) for name in manifest["files"]}
+    path.write_bytes(artifacts._manifest_bytes({**manifest, "files": files}))
 
 
 # The oracle
@@ -148,9 +174,11 @@ def mutated_manifest(raw: bytes, chance: random.Random) -> bytes:
 def reference(base: Path, adapter: Path) -> Mapping[str, Any]:
     """Base + adapter in fp64, a tensor each, as peft's documentation has it. KeyError: by a file of another kind."""
     config = json.loads((adapter / "adapter_config.json").read_bytes())
-    weight_map = json.loads((base / "model.safetensors.index.json").read_bytes())["weight_map"]
+    index, shards = base / "model.safetensors.index.json", {"model.safetensors"}
+    if index.exists():
+        shards = set(json.loads(index.read_bytes())["weight_map"].values())
     tensors: dict[str, Any] = {}
-    for shard in sorted(set(weight_map.values())):
+    for shard in sorted(shards):
         tensors |= safetensors.numpy.load_file(base / shard)
     parts = safetensors.numpy.load_file(adapter / "adapter_model.safetensors")
     for name in [name for name in parts if name.endswith(".lora_A.weight")]:
@@ -214,8 +242,11 @@ def check_row(box: Path) -> str | None:
 
 
 def check_settings(box: Path) -> str | None:
-    TrainConfig.resolve(("run.yaml", read_settings(box / "run.yaml")), (None, {"model": "m", "dataset": "d.jsonl"}))
-    return None
+    config = TrainConfig.resolve(("run.yaml", read_settings(box / "run.yaml")), (None, {"model": "m", "dataset": "d"}))
+    given, found = yaml.safe_load((box / "run.yaml").read_bytes()), config.flat()
+    given.pop("model", None)
+    other = [name for name, value in given.items() if found[name] != value and str(found[name]) != str(value)]
+    return f"other settings: {other}" if other else None
 
 
 def check_template(box: Path) -> str | None:
@@ -226,31 +257,123 @@ def check_template(box: Path) -> str | None:
 
 
 def check_plan(box: Path) -> str | None:
-    read_plan(box / "plan.json")
+    found = read_plan(box / "plan.json")
+    return None if found == json.loads((box / "plan.json").read_bytes().decode("utf-8-sig")) else "another plan"
+
+
+def check_own_adapter(box: Path) -> str | None:
+    """An adapter with a manifest: as `merge` reads it, and `train` where it is done already."""
+    adapter = adapters.open_adapter(box / "run", lambda _: None)
+    assert adapter.artifact is not None
+    trained = adapter.artifact.facts_as(Trained, path=box, already_done=True)
+    said = json.loads((box / "run" / artifacts.MANIFEST).read_bytes())["facts"]
+    other = [name for name, value in said.items() if getattr(trained, name, value) != value]
+    if other:
+        return f"another {other}"
+    needed = {adapters.CONFIG, adapters.WEIGHTS}
+    return None if needed <= set(adapter.artifact.manifest["files"]) else "an adapter of unchecked files"
+
+
+def check_blocks(box: Path) -> str | None:
+    folder = box / "blocks"
+    found = Blocks(folder)
+    data_summary(found.artifacts)
+    names = [name for name in found.artifacts[0].manifest["files"] if name.startswith("blocks-")]
+    shards = [safetensors.numpy.load_file(folder / name) for name in sorted(names)]
+    expected = [row for shard in shards for row in zip(*(shard[name] for name in _ARRAYS), strict=True)]
+    if len(found) != len(expected):
+        return f"{len(found)} blocks, need {len(expected)}"
+    for index, row in enumerate(expected):
+        if not all(map(np.array_equal, found.arrays(index), row)):
+            return f"block {index} is another"
+        found.batch([index])
     return None
 
 
-def check_manifest(box: Path) -> str | None:
-    adapter = adapters.open_adapter(box / "adapter", lambda _: None)
-    return None if set(adapter.artifact.manifest["files"]) >= {"adapter_model.safetensors"} else "files left out"
+def check_checkpoint(box: Path) -> str | None:
+    folder = box / "checkpoint"
+    tensors, states, state = checkpoints.read(artifacts.open_artifact(folder, "checkpoint"))
+    for name, found in (("adapter_model.safetensors", tensors), ("optimizer.safetensors", states)):
+        for key, tensor in safetensors.numpy.load_file(folder / name).items():
+            if not np.array_equal(found[key].numpy(), tensor, equal_nan=True):
+                return f"{name}: {key} is another"
+    said = json.loads((folder / "state.json").read_bytes())
+    other = [name for name, value in said.items() if getattr(state, name, value) != value]
+    return f"another {other}" if other else None
 
 
-KINDS: Mapping[str, tuple[str, Callable[[bytes, random.Random], bytes], Callable[[Path], str | None], int]] = {
-    "adapter_config": ("adapter/adapter_config.json", mutated_json, check_merge, 30),
-    "config": ("base/config.json", mutated_json, check_merge, 12),
-    "index": ("base/model.safetensors.index.json", mutated_json, check_merge, 15),
-    "adapter's header": ("adapter/adapter_model.safetensors", mutated_safetensors, check_merge, 17),
-    "base's header": ("base/model-00001-of-00002.safetensors", mutated_safetensors, check_merge, 17),
-    "row": ("row.json", mutated_json, check_row, 3),
-    "plan": ("plan.json", mutated_json, check_plan, 2),
-    "recipe": ("run.yaml", mutated_bytes, check_settings, 2),
-    "template": ("chat.jinja", mutated_bytes, check_template, 2),
+_TEXTS = ("", "Hi", "<|im_start|>user\nHi<|im_end|>\n", "naïve 😀\x00 \u2028")
+_ARRAYS = ("tokens", "trained", "document")
+
+
+def check_tokenizer(box: Path) -> str | None:
+    """A tokenizer: as `prepare` takes it, each text alone and a template in its hands."""
+    spec = load_spec(box / "tokenizer")
+    codec = Codec(spec)
+    with suppress(TemplateRefused):
+        if codec.template is not None:
+            codec.template.chat([{"role": "user", "content": "Hi"}], open_turn=True)
+    plain = tokenizers.Tokenizer.from_file(str(box / "tokenizer" / "tokenizer.json"))
+    plain.no_padding()
+    plain.no_truncation()
+    texts = [Rendered(text, ((0, len(text)),), needs_bos=False, needs_eos=False) for text in _TEXTS]
+    for text, document in zip(texts, codec.encode(texts), strict=True):
+        expected = plain.encode(text.text, add_special_tokens=False).ids
+        # other special tokens, as its settings may name, split a text elsewhere; it says the same
+        if document.tokens.tolist() != expected and codec.decode(document.tokens) != text.text:
+            return f"{text.text!r} is {document.tokens.tolist()[:20]}, need {expected[:20]}"
+        if document.trained.tolist() != [at > 0 for at in range(len(document.tokens))]:
+            return f"{text.text!r} is trained at {document.trained.tolist()[:20]}"
+    return None
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A file that is mutated, how, what is looked at then, and how many trials of a thousand it gets. `sealed` names
+    the artifact whose manifest is set right after it; `line` is the command that uses it."""
+
+    path: str
+    mutate: Callable[[bytes, random.Random], bytes]
+    check: Callable[[Path], str | None]
+    share: int
+    line: tuple[str, ...] = ()
+    sealed: str | None = None
+
+
+_RECIPE = ("--config", "run.yaml", "--model", "tiny", "--dataset", "rows.jsonl")
+_FROM_ROWS = ("train", *_RECIPE, "--max-steps", "1", "--quiet")
+_SMALL = ("--max-steps", "4", "--save-steps", "2", "--keep-checkpoints", "2", "--no-gradient-checkpointing", "--quiet")
+MERGE = ("merge", "adapter", "--base", "base")
+MERGE_OWN = ("merge", "run", "--base", "tiny")
+TRAIN = ("train", "--model", "tiny", "--blocks", "blocks", *_SMALL)
+PREPARE = ("prepare", "rows.jsonl", "--tokenizer", "tokenizer", "--block-size", "64", "--quiet")
+KINDS: Mapping[str, Kind] = {
+    "adapter_config": Kind("adapter/adapter_config.json", mutated_json, check_merge, 260, MERGE),
+    "config": Kind("base/config.json", mutated_json, check_merge, 100, MERGE),
+    "index": Kind("base/model.safetensors.index.json", mutated_json, check_merge, 130, MERGE),
+    "adapter's header": Kind("adapter/adapter_model.safetensors", mutated_safetensors, check_merge, 140, MERGE),
+    "base's header": Kind("base/model-00001-of-00002.safetensors", mutated_safetensors, check_merge, 140, MERGE),
+    "row": Kind("row.json", mutated_json, check_row, 30),
+    "plan": Kind("plan.json", mutated_json, check_plan, 20, (*TRAIN, "--plan", "plan.json")),
+    "recipe": Kind("run.yaml", mutated_settings, check_settings, 20, _FROM_ROWS),
+    "template": Kind("chat.jinja", mutated_bytes, check_template, 20),
+    "manifest of an adapter": Kind("run/lorakit.json", mutated_manifest, check_own_adapter, 20, MERGE_OWN),
+    "manifest of blocks": Kind("blocks/lorakit.json", mutated_manifest, check_blocks, 20, TRAIN),
+    "manifest of a checkpoint": Kind("checkpoint/lorakit.json", mutated_manifest, check_checkpoint, 20, TRAIN),
+    "blocks": Kind("blocks/blocks-00000.safetensors", mutated_safetensors, check_blocks, 20, TRAIN, sealed="blocks"),
+    "state of a run": Kind("checkpoint/state.json", mutated_json, check_checkpoint, 20, TRAIN, sealed="checkpoint"),
+    "state of an optimizer": Kind(
+        "checkpoint/optimizer.safetensors", mutated_safetensors, check_checkpoint, 10, TRAIN, sealed="checkpoint"
+    ),
+    "tokenizer": Kind("tokenizer/tokenizer.json", mutated_json, check_tokenizer, 15, PREPARE),
+    "tokenizer's config": Kind("tokenizer/tokenizer_config.json", mutated_json, check_tokenizer, 10, PREPARE),
+    "tokenizer's template": Kind("tokenizer/chat_template.jinja", mutated_bytes, check_tokenizer, 5, PREPARE),
 }
-"""File, mutator, check, and its share of the trials in hundredths."""
 
 
-def make_box(folder: Path) -> Path:
-    """A base of two shards, an adapter without a manifest, and the other files, as they should be."""
+def make_box(folder: Path, inputs: Path) -> Path:
+    """A base of two shards, an adapter without a manifest, artifacts of each kind, and the other files, as they should
+    be."""
     base, numbers = folder / "base", np.random.default_rng(0)
     base.mkdir(parents=True)
     (base / "config.json").write_text(json.dumps(CONFIG))
@@ -270,99 +393,142 @@ def make_box(folder: Path) -> Path:
     row = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}], "n": [1, 2.5, None]}
     (folder / "row.json").write_text(json.dumps(row))
     (folder / "run.yaml").write_bytes(
-        (Path(weights.__file__).parents[1] / "data/recipes/qlora-7b-16gb.yaml").read_bytes()
+        (Path(weights.__file__).parents[1] / "data/recipes/smollm2-135m-cpu-8gb.yaml").read_bytes()
     )
     (folder / "chat.jinja").write_text(CHATML)
-    command(["plan-devices", "smollm2-135m", "--cpu", "8GiB", "--output", folder / "plan.json", "--quiet"])
+    for name in ("tiny", "blocks"):
+        shutil.copytree(inputs / name, folder / name)
+    shutil.copy(inputs / "rows.jsonl", folder)
+    make_tokenizer(folder / "tokenizer")
+    assert command(line_of(TRAIN, folder, folder / "run")) == 0
+    shutil.copytree(folder / "run" / "checkpoints" / "step-00000002", folder / "checkpoint")
+    plan = ["plan-devices", folder / "tiny", "--cpu", "8GiB", "--block-size", 64, "--batch-size", 1, "--dtype", "fp32"]
+    command([*plan, "--no-gradient-checkpointing", "--output", folder / "plan.json", "--quiet"])
     return folder
 
 
-OPENED: list[str] = []
-_own = (sys.prefix, sys.base_prefix, str(Path(weights.__file__).parents[2]), "/proc/", "/usr/share/zoneinfo")
-_watched = False
+def line_of(line: Sequence[str], box: Path, output: Path) -> list[object]:
+    """A command line whose files are those of the box."""
+    return [*(box / part if (box / part).exists() else part for part in line), "--output", output]
+
+
+_OWN = (sys.prefix, sys.base_prefix, str(Path(weights.__file__).parents[2]), "/proc/", "/dev/null", "/usr/share/")
+_WATCHING: list[list[str]] = []
 
 
 def _hook(event: str, arguments: tuple[Any, ...]) -> None:
     if event == "open" and isinstance(arguments[0], str | bytes | os.PathLike):
-        OPENED.append(os.fsdecode(arguments[0]))
+        for opened in _WATCHING:
+            opened.append(os.fsdecode(arguments[0]))
 
 
 @contextmanager
-def opened_outside(box: Path, found: list[str]) -> Iterator[None]:
-    """What is opened outside of a folder meanwhile, lorakit and Python themselves left out."""
-    global _watched
-    if not _watched:
-        sys.addaudithook(_hook)
-        _watched = True
-    OPENED.clear()
-    yield
+def opened_files() -> Iterator[list[str]]:
+    """What Python opens meanwhile; for the rest of this process, for no such watch can be taken away again."""
+    opened: list[str] = []
+    _WATCHING.append(opened)
+    sys.addaudithook(_hook)
+    yield opened
+    _WATCHING.remove(opened)
+
+
+def opened_outside(box: Path, opened: Sequence[str]) -> list[str]:
+    """What was opened outside of a folder, lorakit and Python themselves left out."""
     notes = os.environ.get("LORAKIT_TESTS_SEEN")  # where the tests' own guard writes down each error
-    allowed = (str(box), *_own, *([os.path.realpath(notes)] if notes else []))
-    found += [path for path in OPENED if not os.path.realpath(path).startswith(allowed)]
+    allowed = (str(box), *_OWN, *([os.path.realpath(notes)] if notes else []))
+    return [path for path in opened if not os.path.realpath(path).startswith(allowed)]
 
 
-def in_process(first_seed: int, count: int, without: str | None) -> Any:
+def in_process(inputs: Path, first_seed: int, count: int, without: str | None) -> Any:
     """So many trials of every kind by its share, in a child of its own."""
     take_away(without)
+    adapters._MATCHING_SECONDS = 0.5  # there are patterns enough that would take all of it
     tally, accepted = Tally(), 0
-    with tempfile.TemporaryDirectory(dir=_BOX) as folder:
-        box = make_box(Path(folder) / "box")
-        good = {kind: (box / path).read_bytes() for kind, (path, *_) in KINDS.items()}
-        assert all(check(box) is None for _, _, check, _ in KINDS.values())
+    with boxed(inputs) as box, opened_files() as opened:
         chance = random.Random(first_seed)
-        for kind, (path, mutate, check, share) in KINDS.items():
-            for number in range(max(1, count * share // 100)):
-                changed, problems = mutate(good[kind], chance), []
-                (box / path).write_bytes(changed)
+        for name, kind in KINDS.items():
+            good = (box / kind.path).read_bytes()
+            assert tried(kind, box) is None
+            for number in range(max(1, count * kind.share // 1000)):
+                changed, problems = kind.mutate(good, chance), []
+                (box / kind.path).write_bytes(changed)
+                opened.clear()
                 began = time.process_time()
-                with opened_outside(box, problems):
-                    try:
-                        wrong = check(box)
-                        accepted += 1
-                        problems += [f"accepted, and wrong: {wrong}"] if wrong else []
-                    except LorakitError:
-                        pass
-                    except Exception as error:
-                        problems.append(f"{type(error).__name__}: {error}"[:200])
-                if time.process_time() - began > _LONGEST_SECONDS:
-                    problems.append(f"{time.process_time() - began:.1f} s")
+                try:
+                    wrong = tried(kind, box)
+                    accepted += 1
+                    problems += [f"accepted, and wrong: {wrong}"] if wrong else []
+                except LorakitError:
+                    pass
+                except Exception as error:
+                    problems.append(f"{type(error).__name__}: {error}"[:200])
+                seconds = time.process_time() - began
+                problems += opened_outside(box, opened)
+                problems += [f"{seconds:.1f} s"] if seconds > _LONGEST_SECONDS else []
                 problems += [f"{changed[:1500]!r}"] if problems else []
-                tally.add(f"{kind} {first_seed}/{number}", problems)
-            (box / path).write_bytes(good[kind])
+                tally.add(f"{name} {first_seed}/{number}", problems)
+            (box / kind.path).write_bytes(good)
+            assert tried(kind, box) is None
     peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return [tally.count, tally.failures[:20], len(tally.failures), accepted, peak_bytes]
 
 
-def by_command_line(first_seed: int, count: int) -> Any:
-    """`lorakit merge` on mutated files, a child each."""
-    tally, accepted = Tally(), 0
-    kinds = [kind for kind, (*_, check, _) in KINDS.items() if check is check_merge]
+def tried(kind: Kind, box: Path) -> str | None:
+    if kind.sealed is not None:
+        sealed(box / kind.sealed)
+    return kind.check(box)
+
+
+@contextmanager
+def boxed(inputs: Path) -> Iterator[Path]:
+    """A box, with a cache of its own inside, as the trials may write one."""
     with tempfile.TemporaryDirectory(dir=_BOX) as folder:
-        box, log = make_box(Path(folder) / "box"), Path(folder) / "log"
-        good = {kind: (box / KINDS[kind][0]).read_bytes() for kind in kinds}
-        chance = random.Random(first_seed)
-        for kind in itertools.islice(itertools.cycle(kinds), count):
-            path, mutate, *_ = KINDS[kind]
-            changed, problems = mutate(good[kind], chance), []
-            (box / path).write_bytes(changed)
-            output = box / "merged"
-            line = ["merge", box / "adapter", "--base", box / "base", "--output", output]
-            code = forked(lambda line=line: command(line), log, 30)  # type: ignore[misc]
+        box = make_box(Path(folder) / "box", inputs)
+        os.environ["LORAKIT_CACHE"], tempfile.tempdir = str(box / "cache"), str(box)
+        yield box
+        tempfile.tempdir = None
+
+
+def by_command_line(inputs: Path, first_seed: int, count: int) -> Any:
+    """The commands that use these files, a child each."""
+    tally, accepted = Tally(), 0
+    kinds = {name: kind for name, kind in KINDS.items() if kind.line}
+    with boxed(inputs) as box:
+        log, output, chance = box / "log", box / "output", random.Random(first_seed)
+        good = {name: (box / kind.path).read_bytes() for name, kind in kinds.items()}
+        for name, kind in itertools.islice(itertools.cycle(kinds.items()), count):
+            changed, problems = kind.mutate(good[name], chance), []
+            (box / kind.path).write_bytes(changed)
+            if kind.sealed is not None:
+                sealed(box / kind.sealed)
+            if kind.path.startswith("checkpoint/"):
+                shutil.copytree(box / "checkpoint", output / "checkpoints" / "step-00000002")
+            code = forked(lambda kind=kind: command(line_of(kind.line, box, output)), log, 30)  # type: ignore[misc]
             said = log.read_text(errors="replace")
             if code not in (0, *_REFUSALS) or "Traceback" in said or (code != 0) != (said.count("error: ") == 1):
                 problems.append(f"exit code {code}: {said[-300:]}")
             if code == 0:
                 accepted += 1
-                found: dict[str, Any] = {}
-                for shard in output.glob("*.safetensors"):
-                    found |= safetensors.numpy.load_file(shard)
-                wrong = differing(found, reference(box / "base", box / "adapter"))
+                wrong = wrong_in(output, kind, box)
                 problems += [f"accepted, and wrong: {wrong}"] if wrong else []
             shutil.rmtree(output, ignore_errors=True)
-            (box / path).write_bytes(good[kind])
+            (box / kind.path).write_bytes(good[name])
+            if kind.sealed is not None:
+                sealed(box / kind.sealed)
             problems += [f"{changed[:1500]!r}"] if problems else []
-            tally.add(f"merge, {kind}", problems)
+            tally.add(f"{kind.line[0]}, {name}", problems)
     return [tally.count, tally.failures[:20], len(tally.failures), accepted, 0]
+
+
+def wrong_in(output: Path, kind: Kind, box: Path) -> str | None:
+    """What a command wrote that it mustn't have."""
+    found: dict[str, Any] = {}
+    for shard in output.glob("*.safetensors"):
+        found |= safetensors.numpy.load_file(shard)
+    if kind.line[0] == "merge":
+        return differing(found, reference(box / kind.line[3], box / kind.line[1]))
+    artifacts.open_artifact(output, "adapter" if kind.line[0] == "train" else "blocks")
+    return None if all(np.isfinite(tensor).all() for tensor in found.values()) else "no numbers"
 
 
 def take_away(without: str | None) -> None:
@@ -370,6 +536,13 @@ def take_away(without: str | None) -> None:
         adapters._refuse_unusable = lambda *_: None
     elif without == "checks of shard names":
         weights._SHARD_NAME = re.compile(".*", re.DOTALL)
+    elif without == "checks of facts":
+        artifacts.as_dataclass = lambda kind, content, _: pydantic.TypeAdapter(kind).validate_json(
+            json.dumps(content, default=str)
+        )
+    elif without == "checks of tokenizers":
+        tokenization._refuse_unusable = lambda _: None
+        tokenization._of_strangers = lambda _: nullcontext()  # type: ignore[assignment]
     elif without == "checks of hashes":
         disk.sha256 = lambda path: artifacts.read_manifest(path.parent)["files"][path.name]["sha256"]
 
@@ -377,9 +550,11 @@ def take_away(without: str | None) -> None:
 def prove(work: Path, *, short: bool, jobs: int, without: str | None = None) -> Tally:
     """P4."""
     total, by_line = (2000, 0) if without else (2000, 20) if short else (100_000, 1000)
-    tally, accepted, peak_bytes = Tally(), 0, 0
-    bodies: list[Callable[[], Any]] = [partial(in_process, number, total // jobs, without) for number in range(jobs)]
-    bodies += [partial(by_command_line, number, by_line // jobs) for number in range(jobs) if by_line]
+    tally, accepted, peak_bytes, inputs = Tally(), 0, 0, work / "inputs"
+    bodies: list[Callable[[], Any]] = [
+        partial(in_process, inputs, number, total // jobs, without) for number in range(jobs)
+    ]
+    bodies += [partial(by_command_line, inputs, number, by_line // jobs) for number in range(jobs) if by_line]
     for few in (bodies[:jobs], bodies[jobs:]):
         for count, failures, bad, taken, peak in said_by_each(few, work / "mutating.log", 1800) if few else ():
             tally += Tally(count, [*failures, *["…"] * (bad - len(failures))])

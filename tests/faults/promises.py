@@ -41,10 +41,10 @@ PROMISES: Mapping[str, Promise] = {
     ),
     "P4": Promise(
         "files of strangers are refused in one sentence or used rightly",
-        "mutated configs, indexes, headers, rows, plans, recipes, templates; merges compared with numpy's; "
-        "every open() watched",
+        "mutated configs, indexes, headers, rows, plans, recipes, tokenizers, templates, and manifests, blocks, states "
+        "behind hashes that are right; merges compared with numpy's, tokens with tokenizers'; every open() watched",
         mutating.prove,
-        ("checks of adapter_config", "checks of shard names"),
+        ("checks of adapter_config", "checks of shard names", "checks of facts", "checks of tokenizers"),
     ),
     "P5": Promise(
         "a flipped byte in an artifact is found before it is used",
@@ -66,7 +66,7 @@ PROMISES: Mapping[str, Promise] = {
     ),
     "P8": Promise(
         "SIGTERM: a step is finished and saved, exit code 75, the same adapter after the same command",
-        "real signals at random moments, every fifth to two ranks",
+        "real signals at random moments, half of them to two ranks",
         training.prove_signals,
         ("the save of a stop",),
     ),
@@ -96,13 +96,13 @@ PROMISES: Mapping[str, Promise] = {
     ),
     "crowd": Promise(
         "of many processes on one output one wins, the rest wait or are told, nothing is mixed",
-        "eight at once on prepare, merge, train; locks that work, and locks that do nothing",
+        "eight at once on prepare, merge, train, fifty times; locks that work, and locks that do nothing",
         crowding.prove,
         ("the file of the owner",),
     ),
     "load": Promise(
         "long work takes no more memory and open files than short work",
-        "a checkpoint each ten steps, merges in a row, rows by the gigabyte (short ones beside 64 KB that aren't used)",
+        "a checkpoint each ten steps, merges in a row, rows by the gigabyte as they are made (64 KB each, little used)",
         enduring.prove,
         ("the release of what is used",),
         in_short=False,

@@ -131,5 +131,6 @@ def test_two_ranks_stop_together_and_one_that_is_killed_ends_the_run_within_seco
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=120)
     assert process.returncode in (75, 0), said
-    finished(run)
-    assert adapter(run) == adapter(whole)
+    for _ in range(2):  # the second time it is done already
+        finished(run)
+        assert adapter(run) == adapter(whole)

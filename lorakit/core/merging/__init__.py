@@ -64,7 +64,7 @@ def merge(config: MergeConfig, target: Path, report: Report) -> Merged:
     parents = _parents(base, weighted)
     with artifacts.lock(target):
         done = artifacts.claim(target, "merged model", config, parents, overwrite=config.output.overwrite)
-        facts: dict[str, Any] = dict(done.facts) if done else {}
+        facts: dict[str, Any] = vars(done.facts_as(Merged, path=target, already_done=True)) if done else {}
         full = config.merging.verify == "full"
         if done is None:
             files = _small_files(plan, report)
@@ -82,7 +82,7 @@ def merge(config: MergeConfig, target: Path, report: Report) -> Merged:
             facts |= _compared(plan, target, config, report)
         if config.hub.push_to_hub is not None:
             facts["url"] = push_folder(target, config.hub.push_to_hub, private=config.hub.private, report=report)
-    return Merged(path=target, already_done=done is not None, **facts)
+    return Merged(**{**facts, "path": target, "already_done": done is not None})
 
 
 def _parents(base: Weights, weighted: Sequence[Weighted]) -> dict[str, str]:

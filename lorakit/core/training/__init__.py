@@ -26,9 +26,9 @@ from lorakit.core import artifacts, disk
 from lorakit.core.adapters import WEIGHTS, Adapter, open_adapter
 from lorakit.core.artifacts import Artifact
 from lorakit.core.blocks import Blocks
-from lorakit.core.config import TrainConfig
+from lorakit.core.config import Engine, TrainConfig
 from lorakit.core.environment import let_gpu_memory_grow, make_cublas_deterministic, worker
-from lorakit.core.errors import InputRefused, Mismatch, UsageError
+from lorakit.core.errors import InputRefused, Mismatch, Stopped, UsageError
 from lorakit.core.events import Report
 from lorakit.core.hub import model_folder, push_folder
 from lorakit.core.model import pick_device
@@ -54,10 +54,10 @@ class Trained:
     seconds: float
     resumed_from: int
     attention: str
-    engine: str
     dtype: str
-    calibrated: bool
     already_done: bool
+    engine: Engine = "standard"  # of a run from before there were two
+    calibrated: bool = False
     planned_bytes: int | None = None
     best_step: int | None = None
     eval_loss: float | None = None
@@ -77,8 +77,11 @@ def train(
     last step saved.
     """
     let_gpu_memory_grow()
+    device = pick_device()
+    if asked := should_stop():
+        raise Stopped.early(interrupted=asked == "interrupt")
     with (
-        joined(worker(), config.devices.parallel, pick_device()) as world,
+        joined(worker(), config.devices.parallel, device) as world,
         ExitStack() as locks,
         _kernels(deterministic=config.batch.deterministic),
     ):
@@ -87,26 +90,27 @@ def train(
             blocks = Blocks(folders)
             weights, adapter, parents = _inputs(config, world, report)
             parents["blocks"] = blocks.fingerprint
-        place = None
+        place, facts = None, None
         with world.together():
             if world.is_first:
                 place = _claim(config, target, blocks, parents, report, locks)
-        if world.share(place.done is not None if place else None):
-            # one from before there were two engines says nothing of them
-            facts = {"engine": "standard", **place.done.facts} if place and place.done else {}
-            already = bool(place and place.folder == target)
-        else:
+                if place.done is not None:
+                    done = place.done.facts_as(Trained, path=target, already_done=True)
+                    facts = {**vars(done), "path": str(target)}  # as JSON holds it
+        facts = world.share(facts)
+        already = facts is not None and bool(place and place.folder == target)
+        if facts is None:
             folder, newest = world.share(place.shared if place else None)
             with world.together():
                 checkpoint = artifacts.open_artifact(Path(newest), "checkpoint") if newest else None
                 run = Run(config, Path(folder), blocks, weights, adapter, parents, checkpoint, world, report)
-            facts, already = run.go(should_stop), False
+            facts = run.go(should_stop)
         if place and place.folder != target:
             artifacts.replace(place.folder, target)
         url, repository = None, config.hub.push_to_hub
         if world.is_first and repository is not None:
             url = push_folder(target, repository, private=config.hub.private, report=report)
-    return Trained(path=target, already_done=already, url=url, **facts)
+    return Trained(**{**facts, "path": target, "already_done": already, "url": url})
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from lorakit.core import adapters, artifacts
@@ -15,6 +16,8 @@ from lorakit.core.artifacts import Artifact
 from lorakit.core.config import Engine, TrainConfig
 from lorakit.core.errors import ArtifactDamaged
 from lorakit.core.events import Notice, Report
+from lorakit.core.untrusted import read_json_object
+from lorakit.core.weights import read_header
 
 CHECKPOINTS = "checkpoints"
 OPTIMIZER = "optimizer.safetensors"
@@ -48,6 +51,14 @@ class State:
     stopped_early: bool = False
     learning_rate: dict[str, Any] = field(default_factory=dict)
     """What the schedule remembers of evaluations."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError where its numbers don't go together."""
+        counted = (self.step, self.tokens, self.seconds, self.loss_scale_age, self.evaluations_without_better)
+        if min(counted) < 0 or not self.loss_scale > 0 or not 0 <= self.best_step <= self.step:
+            raise ValueError("numbers that no run comes to")
+        if (self.best_step > 0) != (self.best_loss is not None):
+            raise ValueError("a best step without its loss, or a loss without its step")
 
 
 class Checkpoints:
@@ -97,7 +108,7 @@ class Checkpoints:
     def adapter_of(self, step: int) -> dict[str, Tensor]:
         """The adapter's tensors in the checkpoint of a step."""
         checkpoint = artifacts.open_artifact(self._at(step), "checkpoint")
-        return safetensors.torch.load((checkpoint.path / adapters.WEIGHTS).read_bytes())
+        return _tensors(checkpoint.path / adapters.WEIGHTS)
 
     @property
     def size_bytes(self) -> int:
@@ -112,7 +123,16 @@ class Checkpoints:
 
 
 def read(checkpoint: Artifact) -> tuple[dict[str, Tensor], dict[str, Tensor], State]:
-    """The adapter's tensors, the optimizer's states and the counters of a checkpoint."""
-    weights = safetensors.torch.load((checkpoint.path / adapters.WEIGHTS).read_bytes())
-    states = safetensors.torch.load((checkpoint.path / OPTIMIZER).read_bytes())
-    return weights, states, State(**json.loads((checkpoint.path / STATE).read_bytes()))
+    """The adapter's tensors, the optimizer's states and the counters of a checkpoint. Raises InputRefused and
+    ArtifactDamaged where its hashes are right and it isn't what lorakit writes."""
+    weights, states = (_tensors(checkpoint.path / name) for name in (adapters.WEIGHTS, OPTIMIZER))
+    path = checkpoint.path / STATE
+    return weights, states, artifacts.as_dataclass(State, read_json_object(path, ""), path)
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    read_header(path)
+    try:
+        return safetensors.torch.load(path.read_bytes())
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise ArtifactDamaged(f"{path}: found {error}, need tensors", "remove this checkpoint") from None

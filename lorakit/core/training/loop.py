@@ -108,6 +108,7 @@ class Run:
         self.config, self.folder, self.blocks, self.parents = config, folder, blocks, parents
         self.world, self.report, self.device = world, report, world.device
         self.held_out = Blocks([artifact.path for artifact in blocks.artifacts], VALIDATION)
+        self.data = data_summary(blocks.artifacts)
         self.prompts = _read_prompts(config.evaluation.sample_prompts)
         self._require_usable()
         self.schedule = schedule_of(config, blocks, checkpoint)
@@ -310,11 +311,17 @@ class Run:
         made_for = {name: checkpoint.config.get(name) for name in EXTENDS}
         if made_for != {name: self.config.flat()[name] for name in EXTENDS}:  # --extend, for the first time
             self.state.stopped_early, self.state.evaluations_without_better = False, 0
-        load_states(self.optimizer, self.parameters, states)
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                put(tensors[name], parameter)
-        self.learning_rate.remember(self.state.learning_rate)
+        try:
+            load_states(self.optimizer, self.parameters, states)
+            with torch.no_grad():
+                for name, parameter in self.parameters.items():
+                    put(tensors[name], parameter)
+            self.learning_rate.remember(self.state.learning_rate)
+        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+            raise ArtifactDamaged(
+                f"{checkpoint.path}: found {first_line(error)}, need the adapter and the states of this run",
+                "remove this checkpoint: the same command goes on from the one before it, or begins anew",
+            ) from None
         self.report(Notice(f"goes on after step {self.state.step} of {self.schedule.steps}"))
 
     # The loop
@@ -592,16 +599,17 @@ class Run:
         metrics, samples = (read_metrics(self.folder / name) for name in (METRICS, SAMPLES))
         loads = self.plan.loads if self.plan is not None else ()
         planned = {load.name: load.bytes._asdict() for load in loads} or None
-        return report_page(
-            self.config, facts, metrics, samples, data_summary(self.blocks.artifacts), planned, self.folder
-        )
+        return report_page(self.config, facts, metrics, samples, self.data, planned, self.folder)
 
     def _tensors(self) -> dict[str, Tensor]:
-        """What is trained, whole and on the CPU. Raises NonFinite where an update left what is no number."""
+        """What is trained, whole and on the CPU. Raises NonFinite, in all processes, where an update left what is no
+        number in one of them."""
         tensors = {name: whole(parameter) for name, parameter in self.parameters.items()}
-        for name, tensor in tensors.items():
-            if not bool(torch.isfinite(tensor).all()):
-                raise self._not_finite(f"{name} with NaN or infinity")
+        bad = next((name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())), None)
+        for rank, name in enumerate(self.world.gather(bad)):
+            if name is not None:
+                where = f" in rank {rank}" if self.world.size > 1 else ""
+                raise self._not_finite(f"{name} with NaN or infinity{where}")
         return tensors
 
     def _adapter_files(self, tensors: Mapping[str, Tensor]) -> dict[str, bytes]:
