@@ -109,14 +109,14 @@ def test_an_adapter_over_fp8_is_stock_peft_and_merges_as_it_was_trained(
 def test_a_base_with_what_is_no_number_is_refused_before_anything_is_learned(
     quantize: str, value: float, train: Train, tmp_path: Path
 ) -> None:
-    """Rounded to 8 bits it would become a number like any other; in others it comes out in the first loss."""
+    """Rounded to few bits it would become a number like any other; in 16 it comes out in the first loss."""
     folder = make_llama(tmp_path / "model")
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = value
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     ran = train("run", "--quantize", quantize, "--engine", "fast", model=folder)
     assert ran.code == 8
-    if quantize in ("fp8", "int8"):
+    if quantize != "none":
         name = "model.layers.1.mlp.up_proj.weight"
         assert f"error: {name}: found NaN or infinity in the base's weights, need numbers" in ran.err
         assert "hint: download the model again" in ran.err
