@@ -9,6 +9,7 @@ exact base, which nobody could load whole.
 Shapes by suffix: N outputs, K inputs, T tokens, G scales of a row.
 """
 
+import functools
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,12 +17,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from torch.nn import ModuleList
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from lorakit.core.errors import NonFinite, is_out_of_memory
 from lorakit.core.fast.storage import FP8, LARGEST, FrozenLinear, exact
-from lorakit.core.quantization import Quantizing, linear_layers, move, quantized
+from lorakit.core.quantization import Quantizing, linear_layers, move, quantize_layers, quantized
 
 CALIBRATION_TOKENS = 4096
 """What is calibrated on, unless one block is longer."""
@@ -48,17 +51,19 @@ class Calibration:
     errors: dict[str, float] = field(default_factory=dict)
     """Of each quantized matrix: the size of its outputs' error beside that of its outputs."""
     kept: list[str] = field(default_factory=list)
-    """Matrices that stay in 16 bits, for they or their neighbours would have lost too much."""
+    """Where it compensates: matrices that stay in 16 bits, for they or their neighbours would have lost too much."""
     unmeasured: list[str] = field(default_factory=list)
-    """Matrices that there was no memory to calibrate or to measure: rounded to the nearest."""
+    """Matrices rounded to the nearest, because there was no memory for their moments or no token passed them."""
+    recoded: int = 0
+    """How many matrices got other codes than the nearest."""
 
     def told(self, kind: str, dtype: str) -> str:
         """One line on what the base has lost."""
-        how = "calibrated" if self.compensates else "rounded to the nearest"
+        how = "calibrated" if self.recoded else "rounded to the nearest"
         ordered = sorted(self.errors.items(), key=lambda error: error[1]) or [("none", 0.0)]
         middle, (name, worst) = ordered[len(ordered) // 2][1], ordered[-1]
         kept = f"; in {dtype} stay {', '.join(self.kept)}" if self.kept else ""
-        kept += f"; no memory to calibrate {len(self.unmeasured)}, rounded to the nearest" if self.unmeasured else ""
+        kept += f"; {len(self.unmeasured)} rounded to the nearest, unmeasured" if self.unmeasured else ""
         return (
             f"base in {kind}, {how}: loss {self.quantized_loss:.4f} on the first blocks, {self.exact_loss:.4f} in "
             f"{dtype}; its matrices' outputs are off by {middle:.1%}, at most {worst:.1%} ({name}){kept}"
@@ -94,9 +99,8 @@ def calibrate(
     Raises NonFinite.
     """
     inner = {id(module) for layer in layers for module in layer.modules()}
-    for name, module in linear_layers(model, model).items():
-        if id(module) not in inner:
-            model.set_submodule(name, quantized(module.to(device, how.dtype), how, name))
+    for name in [name for name, module in linear_layers(model, model).items() if id(module) not in inner]:
+        quantize_layers(model, name, how, device)
     for module in model.modules():
         if id(module) not in inner:
             move(module, device, how.dtype, recurse=False)
@@ -139,32 +143,46 @@ class _Through:
         for name, inputs in self.inputs.items():
             together.setdefault(id(inputs), []).append(name)
         for names in together.values():
-            try:
-                self._quantize(names, self.inputs[names[0]])
-            except torch.OutOfMemoryError:  # the moments of wide inputs take more than a training step's room, perhaps
-                self.into.unmeasured += [f"{self.name}.{name}" for name in names]
-                for name in names:
-                    made = quantized(self.layer.get_submodule(name), self.how, f"{self.name}.{name}")
-                    self.layer.set_submodule(name, made)
+            self._try(names, self.inputs[names[0]])
         self.inputs.clear()
+        for name in list(linear_layers(self.model, self.layer)):
+            whole = f"{self.name}.{name}"
+            if whole not in self.into.kept:
+                self.into.unmeasured.append(whole)
+                self.layer.set_submodule(name, quantized(self.layer.get_submodule(name), self.how, whole))
+
+    def _try(self, names: list[str], inputs: Tensor) -> None:
+        """Leaves the matrices as they are where the moments of wide inputs take more room than there is, or can't be
+        inverted."""
+        try:
+            self._quantize(names, inputs)
+        except RuntimeError as error:
+            if not (isinstance(error, LinAlgError) or is_out_of_memory(error)):
+                raise
 
     def _quantize(self, names: list[str], inputs: Tensor) -> None:
         """The matrices that read the same inputs: all of them, or none."""
         x_TK = inputs.flatten(0, -2).float()
         moments_KK = x_TK.t() @ x_TK / len(x_TK)
+        if not bool(torch.isfinite(moments_KK).all()):
+            raise NonFinite(
+                f"{self.name}: found NaN or infinity in what its layers read, need numbers",
+                "--dtype bf16 or fp32; or the base is damaged: download it again",
+            )
         spread = Spread.of(moments_KK) if self.into.compensates else None
-        made, errors = {}, {}
+        made, errors, recoded = {}, {}, 0
         for name in names:
             linear, whole = self.layer.get_submodule(name), f"{self.name}.{name}"
             exact_NK = (linear.weight.t() if isinstance(linear, Conv1D) else linear.weight).detach().float()
             made[name] = quantized(linear, self.how, whole)
             if spread is not None:
-                _recode(made[name], exact_NK, spread)
+                recoded += _recode(made[name], exact_NK, spread)
             errors[whole] = _error(exact_NK, _numbers(made[name]), moments_KK)
-        if max(errors.values()) > _TOO_MUCH:
+        if self.into.compensates and max(errors.values()) > _TOO_MUCH:
             self.into.kept += errors
             return
         self.into.errors |= errors
+        self.into.recoded += recoded
         for name in names:
             self.layer.set_submodule(name, made[name])
 
@@ -208,15 +226,16 @@ class Spread(NamedTuple):
         return cls(order, found_KK.div_(found_KK.diagonal()[:, None].clone()))
 
 
-def _recode(made: Any, exact_NK: Tensor, spread: Spread) -> None:
-    """Give a quantized layer, made by rounding each weight for itself, the codes of `compensated`."""
+def _recode(made: Any, exact_NK: Tensor, spread: Spread) -> bool:
+    """Give a quantized layer, made by rounding each weight for itself, the codes of `compensated`; whether it can have
+    them."""
     if isinstance(made, FrozenLinear):
         grid = Grid(made.scale[None], None)
         found_NK = compensated(exact_NK, spread, grid)
         made.weight.data.copy_((found_NK / made.scale[:, None]).to(FP8).view(torch.int8))
-        return
+        return True
     if made.in_features % made.weight.blocksize:  # a block of theirs would begin in one row and end in the next
-        return
+        return False
     from bitsandbytes import functional
 
     state = made.weight.quant_state
@@ -226,9 +245,10 @@ def _recode(made: Any, exact_NK: Tensor, spread: Spread) -> None:
     table, codes = state.code.sort()
     scales_NG = scales.view(len(exact_NK), -1).clamp_min(1e-30)
     found_NK = compensated(exact_NK, spread, Grid(scales_NG.t().contiguous(), table))
-    scaled = found_NK.reshape(-1, made.weight.blocksize) / scales_NG.view(-1, 1)
+    scaled = found_NK.contiguous().view(-1, made.weight.blocksize) / scales_NG.view(-1, 1)
     code = codes[torch.bucketize(scaled, _between(table))].flatten().to(torch.uint8)
     made.weight.data.copy_((code[::2] << 4 | code[1::2])[:, None])  # bitsandbytes puts the first into the upper half
+    return True
 
 
 def compensated(weight_NK: Tensor, spread: Spread, grid: Grid) -> Tensor:
@@ -236,7 +256,8 @@ def compensated(weight_NK: Tensor, spread: Spread, grid: Grid) -> Tensor:
     order, factors_KK = spread
     inputs = len(order)
     # columns as rows, which lie in one piece
-    left_KN, made_KN = weight_NK.t()[order], torch.empty_like(weight_NK.t())
+    left_KN = weight_NK.t()[order].contiguous()
+    made_KN = torch.empty_like(left_KN)
     groups_K = order // (inputs // len(grid.scales_GN))
     for start in range(0, inputs, _BLOCK):
         at = slice(start, min(start + _BLOCK, inputs))
@@ -247,7 +268,7 @@ def compensated(weight_NK: Tensor, spread: Spread, grid: Grid) -> Tensor:
 
 def _block(left_KN: Tensor, factors_KK: Tensor, grid: Grid, groups_K: Tensor) -> tuple[Tensor, Tensor]:
     """Some columns as numbers of the grid, and the errors that they leave to others."""
-    if left_KN.is_cuda and importlib.util.find_spec("triton") is not None:
+    if _has_kernel(left_KN.device, grid.table is None):
         from lorakit.core.fast import kernels
 
         between = _between(grid.table) if grid.table is not None else None
@@ -258,3 +279,20 @@ def _block(left_KN: Tensor, factors_KK: Tensor, grid: Grid, groups_K: Tensor) ->
         torch.sub(left_KN[at], made_KN[at], out=lost_KN[at])
         left_KN[at + 1 :].addr_(factors_KK[at, at + 1 :], lost_KN[at], alpha=-1)
     return made_KN, lost_KN
+
+
+@functools.cache
+def _has_kernel(device: torch.device, in_fp8: bool) -> bool:
+    """Whether Triton's kernel runs on a device: it may be there without a compiler, or not know the GPU."""
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return False
+    try:
+        from lorakit.core.fast import kernels
+
+        ones, table = torch.ones(16, 16, device=device), None if in_fp8 else torch.linspace(-1, 1, 16, device=device)
+        groups = torch.zeros(16, dtype=torch.int64, device=device)
+        kernels.compensated(ones, ones, ones, groups, table, _between(table) if table is not None else None)
+        torch.cuda.synchronize(device)
+    except Exception:  # of Triton, its compiler, the driver: each its own; torch does the same more slowly
+        return False
+    return True

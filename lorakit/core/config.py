@@ -425,7 +425,8 @@ class ModelSection(Section):
         True,
         "Round a base in fp8, nf4 or fp4 so that its outputs for some 4,000 tokens of the blocks change least (GPTQ), "
         "instead of each number to its nearest. Takes some seconds when a run begins or goes on; not where a base "
-        "lies on several devices.",
+        "lies on several devices. What a base loses is measured and said either way.",
+        before=(False, True),
     )
     int8_threshold: float = setting(
         6.0, "Inputs larger than this are multiplied in 16 bits over an 8-bit base (LLM.int8).", ge=0

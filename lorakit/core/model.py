@@ -3,7 +3,7 @@
 import hashlib
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -185,20 +185,23 @@ def load_base(
     fast: bool = False,
     sharded: bool = False,
     calibration: Calibration | None = None,
+    ready: Callable[[PreTrainedModel], None] = lambda model: None,
 ) -> PreTrainedModel:
     """The base model, frozen and in evaluation mode, its linear layers quantized while they are loaded; on `device`, or
     where `device_map` says. Layers that `computed_on` names lie in CPU memory and are computed there. `fast`: for the
     fast engine, which multiplies by 8-bit integers as they are. `sharded`: for FSDP. `calibration`: rounded by what
-    goes through it, all on `device`.
+    goes through it, all on `device`. `ready` is called with the model as it was read, before anything goes through it.
 
     Raises InputRefused where transformers can't build it whole, NonFinite.
     """
     if quantize == "none" and not computed_on:
         model = _from_pretrained(weights, dtype, dict(device_map) if device_map else None)
+        ready(model)
         model = model if device_map else model.to(device)
     else:
         # As the files have it, which is read when it is placed: another number type would be a copy of the whole model.
         model = _from_pretrained(weights, "auto", None)
+        ready(model)
         by_rows = Quantizing.is_by_rows(quantize, fast=fast)
         how = Quantizing(quantize, dtype, double_quantization, int8_threshold, by_rows, sharded)
         if calibration is not None:
@@ -254,8 +257,8 @@ def _place(
     """Put each module of a model that was loaded on the CPU on the device that computes it, one matrix after the other,
     quantized there; then what belongs into CPU memory back there."""
     for name, device in ((name, torch.device(device)) for name, device in devices.items()):
+        quantize_layers(model, name, how, device)
         module = model.get_submodule(name)
-        quantize_layers(model, module, how, device)
         move(module, device, how.dtype)
         if name in in_cpu_memory:
             offload(module, device)
@@ -275,7 +278,7 @@ def random_base(
         known = AutoConfig.for_model(str(config["model_type"]), **fields)
         model = AutoModelForCausalLM.from_config(known, dtype=dtype, trust_remote_code=False)
     how = Quantizing(kind, dtype, by_rows=Quantizing.is_by_rows(kind, fast=fast))
-    quantize_layers(model, model, how, device)
+    quantize_layers(model, "", how, device)
     say_how(model, how)
     model.requires_grad_(False)
     model.config.use_cache = False
@@ -426,11 +429,12 @@ def let_compilations_differ() -> None:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _COMPILATIONS)
 
 
-def decoder_layers(model: PeftModel | PreTrainedModel) -> ModuleList:
+def decoder_layers(model: PreTrainedModel | PeftModel) -> ModuleList:
     """The decoder layers of a model."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    inside = base.base_model.children()
-    return next(found for found in inside if isinstance(found, ModuleList) and len(found))
+    whole: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    count = whole.config.get_text_config().num_hidden_layers
+    lists = (found for found in whole.modules() if isinstance(found, ModuleList))
+    return next(found for found in lists if 0 < len(found) == count)
 
 
 def leave_casts_to_autocast(model: PeftModel) -> None:

@@ -47,24 +47,26 @@ def move(module: torch.nn.Module, device: torch.device, dtype: torch.dtype, *, r
         buffer.data = buffer.data.to(device)
 
 
-def quantize_layers(model: PreTrainedModel, module: torch.nn.Module, how: Quantizing, device: torch.device) -> None:
-    """Put quantized layers in place of a module's linear layers, one after the other, each quantized on the device.
+def quantize_layers(model: PreTrainedModel, where: str, how: Quantizing, device: torch.device) -> None:
+    """Put quantized layers in place of the linear layers of the module that `where` names (of all: ""), which may be
+    one itself; one after the other, each quantized on the device.
 
     Raises NonFinite.
     """
     if how.kind == "none":
         return
-    for name in list(linear_layers(model, module)):  # by names: who holds all layers keeps all their 16 bits there
-        linear = module.get_submodule(name).to(device, how.dtype)
-        module.set_submodule(name, quantized(linear, how, name))
+    for name in list(linear_layers(model, model.get_submodule(where))):  # names: layers would all be held in 16 bits
+        whole = ".".join(part for part in (where, name) if part)
+        model.set_submodule(whole, quantized(model.get_submodule(whole).to(device, how.dtype), how, whole))
 
 
 def quantized(layer: Any, how: Quantizing, name: str = "a linear layer") -> torch.nn.Module:
     """The quantized layer of a linear layer, made where that lies. Raises NonFinite."""
     linear = _turned(layer) if isinstance(layer, Conv1D) else layer
-    if not bool(torch.isfinite(linear.weight).all()):  # which would become a number like any other
+    numbers = linear.weight.to(torch.float16) if how.kind == "int8" else linear.weight  # int8's scales are made in fp16
+    if not bool(torch.isfinite(numbers).all()):  # which would become a number like any other
         raise NonFinite(
-            f"{name}.weight: found NaN or infinity in the base's weights, need numbers",
+            f"{name}.weight: found NaN or infinity in the base's weights, need numbers that {how.kind} holds",
             "download the model again, or choose another",
         )
     return FrozenLinear(linear, how.kind) if how.by_rows else _by_bitsandbytes(linear, how)
@@ -90,7 +92,9 @@ def _by_bitsandbytes(linear: Any, how: Quantizing) -> torch.nn.Module:
         if how.kind == "int8":
             made = bnb.nn.Linear8bitLt(*size, bias, has_fp16_weights=False, threshold=how.int8_threshold)
         else:
-            made = bnb.nn.Linear4bit(*size, bias, compute_dtype=how.dtype, quant_type=how.kind)
+            storage = how.dtype if how.sharded else torch.uint8
+            given: dict[str, Any] = {"quant_type": how.kind, "quant_storage": storage}
+            made = bnb.nn.Linear4bit(*size, bias, compute_dtype=how.dtype, **given)
     if how.kind == "int8":
         codes, scales, _ = bnb.functional.int8_vectorwise_quant(weight.to(torch.float16))
         made.weight = bnb.nn.Int8Params(codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=scales)
@@ -98,10 +102,9 @@ def _by_bitsandbytes(linear: Any, how: Quantizing) -> torch.nn.Module:
         made.weight = bnb.nn.Params4bit(
             weight,
             requires_grad=False,
-            quant_type=how.kind,
             compress_statistics=how.double_quantization,
-            quant_storage=how.dtype if how.sharded else torch.uint8,
             module=made,
+            **given,
         ).to(device)
         # it would lay 4-bit weights out anew for a CPU's inference, at the first evaluation of a run: with other
         # rounding, and only where sizes are multiples of 64 (Linear4bit.forward, 0.50)

@@ -1,5 +1,7 @@
 """Calibrated rounding: against the paper's own recursion, through what layers store, over whole models."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,13 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lorakit.core.blocks import Batch
 from lorakit.core.calibration import Calibration, Grid, Spread, compensated
+from lorakit.core.errors import EnvironmentUnusable, NonFinite
 from lorakit.core.evaluation import loss_sum
 from lorakit.core.fast.storage import FP8
 from lorakit.core.model import decoder_layers, load_base
+from lorakit.core.training.loop import _require_alike
 from lorakit.core.weights import open_weights
 from tests.conftest import Ran, make_llama
 
@@ -176,7 +180,8 @@ def test_rows_that_blocks_of_64_dont_divide_are_rounded_to_the_nearest(tmp_path:
     given, plain = calibration(), calibration(compensates=False)
     loaded(folder, "nf4", given), loaded(folder, "nf4", plain)
     assert given.errors == plain.errors
-    assert loaded(folder, "fp8", given) is not None
+    assert given.recoded == 0
+    assert "rounded to the nearest" in given.told("nf4", "fp32")
 
 
 def test_a_matrix_that_would_lose_too_much_stays_exact_with_its_neighbours(tmp_path: Path) -> None:
@@ -196,6 +201,31 @@ def test_a_matrix_that_would_lose_too_much_stays_exact_with_its_neighbours(tmp_p
     layers = {name: type(module) for name, module in found.named_modules() if isinstance(module, torch.nn.Linear)}
     assert {name for name, kind in layers.items() if kind is torch.nn.Linear} == names | {"lm_head"}
     assert f"in fp32 stay {', '.join(given.kept)}" in given.told("fp8", "fp32")
+
+
+def test_where_nothing_is_compensated_even_the_worst_matrix_is_rounded(tmp_path: Path) -> None:
+    folder = make_llama(tmp_path / "spiked", hidden_size=64, intermediate_size=128)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        decoder_layers(model)[1].self_attn.k_proj.weight[:, 5] = 1e6
+        decoder_layers(model)[1].input_layernorm.weight[5] = 0
+    model.save_pretrained(folder)
+    given = calibration(compensates=False)
+    loaded(folder, "fp8", given)
+    assert (given.kept, given.recoded) == ([], 0)
+    assert given.errors["model.layers.1.self_attn.k_proj"] > 0.5
+
+
+def test_what_a_layer_reads_has_to_be_numbers(tmp_path: Path) -> None:
+    folder = make_llama(tmp_path / "large", hidden_size=64, intermediate_size=128)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        decoder_layers(model)[0].post_attention_layernorm.weight[:] = 1e38
+        decoder_layers(model)[0].mlp.up_proj.weight[:] = 1e3
+    model.save_pretrained(folder)
+    with pytest.raises(NonFinite, match=r"model\.layers\.0: found NaN or infinity in what its layers read") as found:
+        loaded(folder, "nf4", calibration())
+    assert "--dtype bf16 or fp32" in found.value.hint
 
 
 # From the command line
@@ -218,6 +248,62 @@ def test_train_says_what_a_base_has_lost(train: Callable[..., Ran]) -> None:
     assert "base in nf4, rounded to the nearest: loss " in train("two", "--quantize", "nf4", "--no-calibrate").err
     assert "base in int8, rounded to the nearest: loss " in train("three", "--quantize", "int8").err
     assert "base in" not in train("four").err
+
+
+@pytest.mark.parametrize("quantize", ["nf4", "int8"])
+def test_a_vocabulary_grows_before_tokens_pass_the_base(quantize: str, cli: Callable[..., Ran], tmp_path: Path) -> None:
+    base = make_llama(tmp_path / "base", vocab_size=259)  # no longer than the tokenizer's
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "say <new>", "completion": "<new> it is"}\n' * 30)
+    given = ("--tokenizer", base, "--add-tokens", "<new>", "--block-size", 64, "--output", tmp_path / "blocks")
+    assert cli("prepare", tmp_path / "rows.jsonl", *given).code == 0
+    run = ("train", "--model", base, "--blocks", tmp_path / "blocks", "--output", tmp_path / "run")
+    ran = cli(*run, "--add-tokens", "<new>", "--quantize", quantize, "--max-steps", 1)
+    assert ran.code == 0, ran.err
+
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "opt": {"hidden_size": 64, "ffn_dim": 128, "num_hidden_layers": 2, "num_attention_heads": 4},
+    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128},
+}
+OTHERS["opt"] |= {"word_embed_proj_dim": 32, "max_position_embeddings": 128}
+
+
+@pytest.mark.parametrize("quantize", ["nf4", "int8"])
+@pytest.mark.parametrize("family", sorted(OTHERS))
+def test_other_families_are_calibrated_too(
+    family: str, quantize: str, cli: Callable[..., Ran], rows_file: Path, tmp_path: Path
+) -> None:
+    folder = make_llama(tmp_path / "base")
+    torch.manual_seed(0)
+    made = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, vocab_size=320, **OTHERS[family]))
+    (folder / "model.safetensors").unlink()
+    made.save_pretrained(folder)
+    given = ("--tokenizer", folder, "--block-size", 128, "--output", tmp_path / "blocks")
+    assert cli("prepare", rows_file, *given).code == 0
+    run = ("train", "--model", folder, "--blocks", tmp_path / "blocks", "--output", tmp_path / "run")
+    ran = cli(*run, "--quantize", quantize, "--max-steps", 1)
+    assert ran.code == 0, ran.err
+    assert f"base in {quantize}, {'calibrated' if quantize == 'nf4' else 'rounded to the nearest'}: loss" in ran.err
+
+
+def test_a_run_keeps_the_rounding_that_it_began_with(train: Callable[..., Ran], llama: Path, tmp_path: Path) -> None:
+    given = ("--quantize", "nf4", "--lr-scheduler-type", "constant", "--effective-batch-size", 2, "--extend")
+    assert train("run", *given).json["calibrated"]
+    where = ("--model", llama, "--blocks", tmp_path / "blocks", "--output", tmp_path / "run")
+    by_two = ("train", *where, *given, "--max-steps", 2, "--parallel", "fsdp", "--num-processes", 2)
+    found = subprocess.run([sys.executable, "-m", "lorakit", *map(str, by_two)], capture_output=True, text=True)
+    assert found.returncode == 5
+    assert "found the base on several devices, need it on one: the run began with a calibrated one" in found.stderr
+    assert "hint: go on without --parallel fsdp" in found.stderr
+    ran = train("run", *given, "--max-steps", 2)
+    assert (ran.json["calibrated"], ran.json["steps"]) == (True, 2)
+
+
+def test_ranks_that_had_to_round_otherwise_dont_train_together() -> None:
+    _require_alike([["a", "b"], ["a", "b"]])
+    with pytest.raises(EnvironmentUnusable, match="found 2, 0 matrices that couldn't be calibrated") as found:
+        _require_alike([["a", "b"], []])
+    assert "--no-calibrate" in found.value.hint
 
 
 def test_what_has_no_use_for_it_is_refused(train: Callable[..., Ran]) -> None:

@@ -32,7 +32,7 @@ def test_one_layer_in_16_bits_is_there_at_a_time(kind: str, monkeypatch: pytest.
         return original(linear, *given)
 
     monkeypatch.setattr(quantization, "quantized", watched)
-    quantize_layers(model, model, Quantizing(kind, torch.bfloat16, by_rows=kind == "fp8"), CPU)
+    quantize_layers(model, "", Quantizing(kind, torch.bfloat16, by_rows=kind == "fp8"), CPU)
     assert len(most) == 1 + 6 * 7
     assert max(most) <= 2, "the one before may not be gone yet"
 
@@ -40,7 +40,7 @@ def test_one_layer_in_16_bits_is_there_at_a_time(kind: str, monkeypatch: pytest.
 def test_what_is_made_is_no_larger_than_its_codes_and_scales() -> None:
     model = llama(1)
     with LiveBytes() as live:
-        quantize_layers(model, model, Quantizing("fp8", torch.float32, by_rows=True), CPU)
+        quantize_layers(model, "", Quantizing("fp8", torch.float32, by_rows=True), CPU)
     numbers = 4 * 64 * 64 + 3 * 64 * 128
     rows = sum(module.out_features for module in model.modules() if isinstance(module, FrozenLinear))
     assert live.live <= numbers + 4 * rows + 8192
@@ -54,7 +54,7 @@ def test_linear_layers_that_lie_the_other_way_round_are_quantized_too(kind: str)
     plain = AutoModelForCausalLM.from_config(config).eval()
     made = AutoModelForCausalLM.from_config(config).eval()
     made.load_state_dict(plain.state_dict())
-    quantize_layers(made, made, Quantizing(kind, torch.float32, by_rows=kind == "fp8"), CPU)
+    quantize_layers(made, "", Quantizing(kind, torch.float32, by_rows=kind == "fp8"), CPU)
     layer = made.transformer.h[0].attn.c_attn
     assert type(layer).__name__ == {"fp8": "FrozenLinear", "nf4": "Linear4bit", "int8": "Linear8bitLt"}[kind]
     if isinstance(layer, FrozenLinear):
@@ -72,6 +72,23 @@ def test_no_number_is_made_of_what_is_none(kind: str, bad: float) -> None:
     linear.weight.data[3, 5] = bad
     with pytest.raises(NonFinite, match=r"up_proj\.weight: found NaN or infinity"):
         quantized(linear, Quantizing(kind, torch.float32), "up_proj")
+
+
+def test_int8_has_no_number_for_what_its_scales_in_fp16_cant_hold() -> None:
+    linear = torch.nn.Linear(64, 8)
+    linear.weight.data[3, 5] = 1e5
+    for by_rows in (True, False):
+        with pytest.raises(NonFinite, match="need numbers that int8 holds"):
+            quantized(linear, Quantizing("int8", torch.float32, by_rows=by_rows))
+    quantized(linear, Quantizing("fp8", torch.float32, by_rows=True))
+
+
+def test_a_linear_layer_can_be_quantized_by_its_own_name() -> None:
+    """As an entry of a device map."""
+    model = llama(1)
+    quantize_layers(model, "model.layers.0.mlp.up_proj", Quantizing("fp8", torch.float32, by_rows=True), CPU)
+    made = [name for name, module in model.named_modules() if isinstance(module, FrozenLinear)]
+    assert made == ["model.layers.0.mlp.up_proj"]
 
 
 @pytest.mark.parametrize("double", [True, False])

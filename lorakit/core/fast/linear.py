@@ -130,7 +130,7 @@ def _fp8(base: list[Tensor], kind: str, ends: list[int], inputs: int) -> tuple[T
         return rows_to_codes(exact(base, kind, ends, inputs, torch.bfloat16), "fp8")
     from lorakit.core.fast import kernels
 
-    if kind != "plain" and inputs % 64 == 0:
+    if kind.startswith(("nf4", "fp4")) and inputs % 64 == 0:
         codes_NK = torch.empty(ends[-1], inputs, device=base[0].device, dtype=FP8)
         scale_N = torch.empty(ends[-1], device=base[0].device)
         table = table_of_4_bits(kind.split()[0], base[0].device)

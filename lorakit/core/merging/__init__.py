@@ -160,6 +160,8 @@ def _compared(plan: Plan, folder: Path, config: MergeConfig, report: Report) -> 
     """What `--verify full` finds out. Only here models are loaded, and with them torch."""
     from lorakit.core.merging.comparing import compare
 
-    first = plan.adapters[0].adapter
-    trained = None if _is_calibrated(first) else _in_training(first)
+    trained = _in_training(plan.adapters[0].adapter)
+    if any(_is_calibrated(each.adapter) for each in plan.adapters):
+        report(Notice("the numbers of a calibrated base aren't kept: answers are compared, not losses as trained"))
+        trained = None
     return compare(plan, folder, trained, config.merging.blocks, report)

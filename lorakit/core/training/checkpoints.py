@@ -45,6 +45,8 @@ class State:
     """The number type of the base that it was computed with."""
     engine: Engine = "standard"
     """What it was computed with."""
+    calibrated: bool = False
+    """Whether the base was rounded by what goes through it."""
     best_step: int = 0
     best_loss: float | None = None
     evaluations_without_better: int = 0

@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 from peft import PeftModel
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from lorakit import __version__
 from lorakit.core import adapters, artifacts, disk, engines
@@ -26,6 +27,7 @@ from lorakit.core.config import CALIBRATED, Engine, SamplingSection, TrainConfig
 from lorakit.core.environment import free_ram_bytes
 from lorakit.core.errors import (
     ArtifactDamaged,
+    EnvironmentUnusable,
     InputRefused,
     LorakitError,
     Mismatch,
@@ -117,6 +119,7 @@ class Run:
         if checkpoint is not None:
             self.state.attention = str(checkpoint.facts["attention"])
             self.state.engine = checkpoint.facts.get("engine", self.state.engine)
+            self.state.calibrated = checkpoint.facts.get("calibrated", self.state.calibrated)
         self.checkpoints = Checkpoints(folder, config, parents, report)
         dtype = pick_dtype(config.model.dtype, self.device)
         require_device(dtype, self.device, report)
@@ -139,10 +142,7 @@ class Run:
         self.state.engine = _engine(config, weights.config, adapter, begun_with, self.device, begun_on, report)
         self.loss_tokens = loss_tokens(self.state.engine, int(weights.config.get("vocab_size") or 1))
         self.batch_size, self.plan = self._plan(weights, dtype)
-        self.model = self._make_model(weights, adapter, dtype)
-        for part in (blocks, self.held_out):
-            require_vocabulary(self.model, part.largest_id(), blocks.path)
-            require_positions(self.model, part, report)
+        self.model = self._make_model(weights, adapter, dtype, goes_on=checkpoint is not None)
         if blocks.template is not None:
             self.tokenizer.chat_template = blocks.template  # whoever talks with the adapter asks as it was trained
         make_ready(self.model, dtype, checkpointing=config.batch.gradient_checkpointing)
@@ -245,11 +245,23 @@ class Run:
         # the CPU's is for layers that a plan offloads
         return {**gpus, "cpu": free_ram_bytes()} if self.config.devices.plan is not None else gpus
 
-    def _make_model(self, weights: Weights, adapter: Adapter | None, dtype: torch.dtype) -> PeftModel:
+    def _make_model(self, weights: Weights, adapter: Adapter | None, dtype: torch.dtype, *, goes_on: bool) -> PeftModel:
         """The base with its attention, and LoRA on it."""
         config, world = self.config, self.world
         followed = self.plan if config.devices.plan is not None or config.devices.parallel == "split" else None
-        calibration = self.calibration = self._calibration(followed)
+        calibration = self._calibration(followed, goes_on=goes_on)
+        new_tokens = self.tokenizer.convert_tokens_to_ids(list(config.tokens.add_tokens))
+
+        def ready(base: PreTrainedModel) -> None:
+            rows = base.get_input_embeddings().weight.shape[0]
+            grow(base, max((token + 1 for token in new_tokens), default=0))
+            if adapter is not None:
+                grow(base, adapter.vocabulary or 0)
+            self.is_longer = base.get_input_embeddings().weight.shape[0] > rows
+            for part in (self.blocks, self.held_out):
+                require_vocabulary(base, part.largest_id(), self.blocks.path)
+                require_positions(base, part, self.report)
+
         base = load_base(
             weights,
             dtype,
@@ -261,8 +273,11 @@ class Run:
             fast=self.state.engine == "fast",
             sharded=world.parallel == "fsdp",
             calibration=calibration,
+            ready=ready,
         )
         if calibration is not None:
+            self.state.calibrated = calibration.recoded > 0
+            _require_alike(self.world.gather([*calibration.kept, *calibration.unmeasured]))
             if self.device.type == "cuda":  # what it took is free again, and no part of a step's peak
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
@@ -273,38 +288,39 @@ class Run:
             on_gpu = self.device.type == "cuda"
             self.plan = with_attention(self.plan, attention_kind(self.state.attention, on_gpu=on_gpu))
             _say_what_wont_fit(self.plan, self.report)
-        rows = base.get_input_embeddings().weight.shape[0]
-        new_tokens = self.tokenizer.convert_tokens_to_ids(list(config.tokens.add_tokens))
-        grow(base, max((token + 1 for token in new_tokens), default=0))
         if adapter is not None:
             _refuse_other_lora(adapter, config)
             adapters.match(adapter, weights)
-            grow(base, adapter.vocabulary or 0)
-            model = continue_lora(base, adapter, config.model.model)
-        else:
-            name, kind = config.model.model, config.lora_kind
-            model = add_lora(base, config.lora, config.batch.seed, name, kind, new_tokens)
-        self.is_longer = base.get_input_embeddings().weight.shape[0] > rows
-        return model
+            return continue_lora(base, adapter, config.model.model)
+        return add_lora(base, config.lora, config.batch.seed, config.model.model, config.lora_kind, new_tokens)
 
-    def _calibration(self, followed: Plan | None) -> Calibration | None:
+    def _calibration(self, followed: Plan | None, *, goes_on: bool) -> Calibration | None:
         """What a quantized base is rounded by, and measured on: the first of the blocks. None where it doesn't lie on
-        one device."""
+        one device. A run that goes on keeps the rounding that it began with. Raises Mismatch where it can't."""
         kind, size = self.config.model.quantize, self.blocks.size
         if kind == "none":
             return None
+        compensates = self.state.calibrated if goes_on else self.config.model.calibrate and kind in CALIBRATED
         places = set((followed.device_map or {}).values()) if followed is not None else set()
         apart = followed is not None and (followed.computed_on or len(places) > 1)
         if self.world.parallel == "fsdp" or apart:
-            self.report(Notice(f"base in {kind}, rounded to the nearest: calibration needs it on one device"))
+            if goes_on and compensates:
+                raise Mismatch(
+                    "found the base on several devices, need it on one: the run began with a calibrated one",
+                    "go on without --parallel fsdp or split and --plan, or begin anew with --overwrite",
+                )
+            if compensates:
+                self.report(Notice(f"base in {kind}, rounded to the nearest: calibration needs it on one device"))
             return None
-        batch = self.blocks.batch(range(min(len(self.blocks), -(-CALIBRATION_TOKENS // size))))
+        found = self.blocks.batch(range(min(len(self.blocks), -(-CALIBRATION_TOKENS // size))))
+        most = slice(CALIBRATION_TOKENS)  # of one long block
+        batch = Batch(found.ids_BT[:, most], found.positions_BT[:, most], found.trained_BT[:, most])
 
         def loss_of(model: Any) -> float:
             with torch.no_grad():
                 return loss_sum(model, batch).item() / max(batch.trained_tokens, 1)
 
-        return Calibration(loss_of, self.config.model.calibrate and kind in CALIBRATED)
+        return Calibration(loss_of, compensates)
 
     def _load(self, checkpoint: Artifact) -> None:
         tensors, states, self.state = read(checkpoint)
@@ -568,7 +584,7 @@ class Run:
             "attention": state.attention,
             "engine": state.engine,
             "dtype": state.dtype,
-            "calibrated": self.calibration is not None and self.calibration.compensates,
+            "calibrated": state.calibrated,
             "best_step": state.best_step or None,
             "eval_loss": state.best_loss,
             "adapter_step": state.best_step if best else state.step,
@@ -674,6 +690,16 @@ def _engine(
         return reason or engines.lacking_on(device, quantize)
 
     return engines.choose(begun_on if begun_on == "standard" else asked, needed, lacks, device, report)
+
+
+def _require_alike(found: Sequence[Sequence[str]]) -> None:
+    """Raises EnvironmentUnusable where ranks have rounded other matrices: their gradients would be of other bases."""
+    if any(names != found[0] for names in found):
+        raise EnvironmentUnusable(
+            f"ranks: found {', '.join(str(len(names)) for names in found)} matrices that couldn't be calibrated, need "
+            "the same on each: gradients over one base",
+            "free memory on all GPUs alike, or --no-calibrate",
+        )
 
 
 def _refuse_other_lora(adapter: Adapter, config: TrainConfig) -> None:
