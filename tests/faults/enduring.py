@@ -99,7 +99,7 @@ def prepared(work: Path, size_bytes: int) -> tuple[int, int, int]:
     given = ["--tokenizer", work / "inputs" / "tiny", "--block-size", 256, "--output", output, "--quiet"]
 
     def body() -> int:
-        blocks._SHARD_BYTES = 64 * 2**20  # as everywhere but in these tests
+        blocks._SHARD_BYTES = 4 * 2**20  # so large that a folder has few of them, and a twentieth fills some too
         return command(["prepare", source, *given, "--num-workers", 1])
 
     child = begun(body, work / "stream.log", 3600)
