@@ -65,6 +65,7 @@ from lorakit.core.model import (
 )
 from lorakit.core.parallel import World, clip_gradients, put, whole
 from lorakit.core.placement import Budgets, Plan, largest_batch, plan_run, with_attention
+from lorakit.core.quantized_cache import QuantizedCache
 from lorakit.core.reporting import data_summary, read_metrics, report_page
 from lorakit.core.tokenization import load_tokenizer, spec_of, tokenizer_files
 from lorakit.core.tracking import Tracker, open_tracker, require_tracker
@@ -136,6 +137,11 @@ class Run:
             )
         begun_on = self.state.engine if checkpoint is not None else None
         self.state.engine = _engine(config, weights.config, adapter, begun_with, self.device, begun_on, report)
+        if config.model.cache_quantized and config.model.quantize == "int8" and self.state.engine == "standard":
+            raise UsageError(
+                "--cache-quantized: found --quantize int8 with the standard engine, need the fast one or another kind",
+                "leave it out: what bitsandbytes' LLM.int8 makes of a base isn't kept",
+            )
         self.loss_tokens = loss_tokens(self.state.engine, int(weights.config.get("vocab_size") or 1))
         self.batch_size, self.plan = self._plan(weights, dtype)
         self.model = self._make_model(weights, adapter, dtype)
@@ -249,6 +255,8 @@ class Run:
         config, world = self.config, self.world
         followed = self.plan if config.devices.plan is not None or config.devices.parallel == "split" else None
         calibration = self.calibration = self._calibration(followed)
+        keeps = config.model.cache_quantized
+        cache = QuantizedCache(config, weights.fingerprint, world.gather, self.report) if keeps else None
         base = load_base(
             weights,
             dtype,
@@ -260,9 +268,13 @@ class Run:
             fast=self.state.engine == "fast",
             sharded=world.parallel == "fsdp",
             calibration=calibration,
+            cache=cache,
         )
+        where = " (from the cache)" if cache is not None and cache.was_found else ""
         if calibration is not None:
-            self.report(Notice(calibration.told(config.model.quantize, dtype_name(dtype))))
+            self.report(Notice(calibration.told(config.model.quantize, dtype_name(dtype)) + where))
+        elif where:
+            self.report(Notice(f"base in {config.model.quantize}{where}"))
         self.state.attention = _attention(base, config, self.state.attention, self.report)
         self.report(Notice(f"attention: {self.state.attention}"))
         if self.plan is not None:
@@ -300,7 +312,7 @@ class Run:
             with torch.no_grad():
                 return loss_sum(model, batch).item() / max(batch.trained_tokens, 1)
 
-        return Calibration(loss_of, self.config.model.calibrate and kind in CALIBRATED)
+        return Calibration(loss_of, self.config.model.calibrate and kind in CALIBRATED, batch.fingerprint)
 
     def _load(self, checkpoint: Artifact) -> None:
         tensors, states, self.state = read(checkpoint)
