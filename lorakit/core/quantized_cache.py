@@ -151,7 +151,7 @@ def _opened(folder: Path, model: PreTrainedModel, how: Quantizing, *, calibrated
             errors = {name: float(facts["errors"][name]) for name in facts["errors"] if name in layers}
             exact = [name for name in facts["kept"] if name in layers]
     except (KeyError, TypeError, ValueError) as error:
-        raise _damaged(folder, f"facts without {error}", "all of them") from None
+        raise _damaged(folder, f"facts that aren't those of calibration ({error})", "those") from None
     wanted = {
         f"{name}.{part}": each
         for name, layer in layers.items()

@@ -329,6 +329,22 @@ def hidden(*_: object, **__: object) -> Any:
     raise InputRefused("none", "")
 
 
+def test_one_that_is_removed_while_it_is_read_is_an_error_of_the_disk(
+    loads: Loads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads("nf4")
+    opened = quantized_cache._opened
+
+    def and_removed(folder: Path, *given: Any, **more: Any) -> Any:
+        kept = opened(folder, *given, **more)
+        shutil.rmtree(folder)
+        return kept
+
+    monkeypatch.setattr(quantized_cache, "_opened", and_removed)
+    with pytest.raises(DiskFailed, match=r"model\.layers\.0\.safetensors"):
+        loads("nf4")
+
+
 def test_processes_of_a_run_take_the_same_way(loads: Loads) -> None:
     loads("nf4")
     loads("nf4", gather=lambda value: [value, False])
