@@ -87,7 +87,7 @@ TYPED: list[tuple[type[StepConfig], str, dict[str, Any]]] = [
         "--split s --subset u --revision r --format alpaca --columns instruction=a,output=b --max-rows 7 "
         "--validation-split 0.125 --validation-dataset /d/v.csv --on-bad-row skip --num-workers 2 "
         "--model m --dataset /d/r.jsonl --dtype bf16 --attention sdpa --quantize nf4 --engine fast "
-        "--no-double-quantization --no-calibrate "
+        "--no-double-quantization --no-calibrate --cache-quantized "
         "--int8-threshold 6 --add-tokens <a> --block-size 32 --train-on all "
         "--template chat --pack none --long split --rank 4 --lora-alpha 7.5 --lora-dropout 0.25 "
         "--target-modules q_proj,v_proj --layers-to-transform 0,2-3 --use-rslora --use-dora "
@@ -120,6 +120,7 @@ TYPED: list[tuple[type[StepConfig], str, dict[str, Any]]] = [
             "engine": "fast",
             "double_quantization": False,
             "calibrate": False,
+            "cache_quantized": True,
             "int8_threshold": 6.0,
             "add_tokens": ["<a>"],
             "block_size": 32,

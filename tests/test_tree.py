@@ -29,7 +29,7 @@ FLOORS = (
         *("doctor.packages", "doctor.devices", "doctor.limits", "doctor.storage", "doctor.network", "doctor.report"),
     ),
     (
-        *("readers", "tokenization", "attention.implementations", "memory", "engines"),
+        *("readers", "tokenization", "attention.implementations", "memory", "engines", "quantized_cache"),
         *("doctor.cuda", "doctor.bitsandbytes", "doctor.processes"),
     ),
     ("sources", "packing", "blocks", "adapters", "offloading", "attention.cases", "attention.miniature", "placement"),

@@ -27,7 +27,8 @@ Imports go down only:
               attention.proving, merging.quantizing, merging.card, generation, fast.engine
                 preparing, model, attention.trials, merging.plan
                   sources, packing, blocks, adapters, offloading, placement, attention.cases, attention.miniature
-                    readers, tokenization, attention.implementations, memory, engines, doctor's other kernels
+                    readers, tokenization, attention.implementations, memory, engines, quantized_cache,
+                    doctor's other kernels
                       records, profiling, shapes, tracking, accelerate_config, parallel, fast.layers, calibration,
                       doctor's others
                         templates, weights, hub, environment, elastic, reporting, fast.linear, quantization,

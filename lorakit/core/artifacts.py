@@ -48,6 +48,7 @@ MADE_BY = {
     "checkpoint": "lorakit train",
     "adapter": "lorakit train",
     "merged model": "lorakit merge",
+    "quantized base": "lorakit train",
     "base": "lorakit demo",
 }
 """Every kind of artifact and the command that makes it."""

@@ -11,6 +11,7 @@ Shapes by suffix: B blocks, T tokens of a block.
 """
 
 import bisect
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -60,6 +61,13 @@ class Batch:
     @property
     def trained_tokens(self) -> int:
         return int(self.trained_BT.sum())
+
+    @property
+    def fingerprint(self) -> str:
+        """The hash of everything in it."""
+        arrays = (self.ids_BT, self.positions_BT, self.trained_BT)
+        digests = [hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest() for array in arrays]
+        return artifacts.fingerprint([self.ids_BT.shape, digests])
 
 
 class ShardMaker:

@@ -46,6 +46,8 @@ class Calibration:
 
     loss_of: Callable[[Any], float]
     compensates: bool
+    batch: str = ""
+    """The fingerprint of the tokens."""
     exact_loss: float = float("nan")
     quantized_loss: float = float("nan")
     errors: dict[str, float] = field(default_factory=dict)

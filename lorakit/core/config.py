@@ -428,6 +428,13 @@ class ModelSection(Section):
         "lies on several devices. What a base loses is measured and said either way.",
         before=(False, True),
     )
+    cache_quantized: bool = setting(
+        False,
+        "Keep the quantized base in the cache, so that the next run over it, with the same first blocks where it is "
+        "calibrated, neither reads the linear layers' 16-bit weights nor rounds them again. Takes the disk space of "
+        "the quantized base.",
+        decides_result=False,
+    )
     int8_threshold: float = setting(
         6.0, "Inputs larger than this are multiplied in 16 bits over an 8-bit base (LLM.int8).", ge=0
     )
@@ -1093,6 +1100,8 @@ def _quantization_problems(section: ModelSection | PlannedModelSection) -> Itera
         yield f"found --no-double-quantization with --quantize {quantize}, need --quantize nf4 or fp4 beside it"
     if not getattr(section, "calibrate", True) and quantize not in CALIBRATED:
         yield f"found --no-calibrate with --quantize {quantize}, need --quantize {' or '.join(CALIBRATED)} beside it"
+    if getattr(section, "cache_quantized", False) and quantize == "none":
+        yield "found --cache-quantized with --quantize none, need another --quantize beside it"
     threshold = getattr(section, "int8_threshold", None)
     if threshold not in (None, ModelSection.model_fields["int8_threshold"].default) and quantize != "int8":
         yield f"found --int8-threshold with --quantize {quantize}, need --quantize int8 beside it"

@@ -32,6 +32,7 @@ from lorakit.core.events import Notice, Report
 from lorakit.core.hub import model_folder
 from lorakit.core.offloading import lora_to_devices, offload, offloaded
 from lorakit.core.quantization import Quantizing, move, quantize_layers, say_how
+from lorakit.core.quantized_cache import QuantizedCache
 from lorakit.core.shapes import FAMILIES, Module, Shape, is_called, refuse_uncounted, shape_of
 from lorakit.core.tokenization import Codec, load_tokenizer, quiet_libraries, spec_of
 from lorakit.core.weights import Weights, open_weights
@@ -186,11 +187,13 @@ def load_base(
     sharded: bool = False,
     calibration: Calibration | None = None,
     ready: Callable[[PreTrainedModel], None] = lambda model: None,
+    cache: QuantizedCache | None = None,
 ) -> PreTrainedModel:
     """The base model, frozen and in evaluation mode, its linear layers quantized while they are loaded; on `device`, or
     where `device_map` says. Layers that `computed_on` names lie in CPU memory and are computed there. `fast`: for the
     fast engine, which multiplies by 8-bit integers as they are. `sharded`: for FSDP. `calibration`: rounded by what
     goes through it, all on `device`. `ready` is called with the model as it was read, before anything goes through it.
+    `cache`: quantized layers are found there, or kept there.
 
     Raises InputRefused where transformers can't build it whole, NonFinite.
     """
@@ -204,11 +207,14 @@ def load_base(
         ready(model)
         by_rows = Quantizing.is_by_rows(quantize, fast=fast)
         how = Quantizing(quantize, dtype, double_quantization, int8_threshold, by_rows, sharded)
-        if calibration is not None:
+        kept = cache.find(model, how, device, calibration) if cache is not None else None
+        if calibration is not None and kept is None:
             calibrate(model, decoder_layers(model), how, device, calibration)
         else:
             places = {**(device_map or {}), **(computed_on or {})} or {"": str(device)}
-            _place(model, how, places, computed_on or ())
+            _place(model, how, places, computed_on or (), quantize_layers if kept is None else kept.put_into)
+        if cache is not None and kept is None:
+            cache.keep(model, how, device, calibration)
         model.config.dtype = dtype
         say_how(model, how)
     model.requires_grad_(False)
@@ -253,11 +259,12 @@ def _place(
     how: Quantizing,
     devices: Mapping[str, int | str],
     in_cpu_memory: Collection[str],
+    quantize: Callable[[PreTrainedModel, str, Quantizing, torch.device], None],
 ) -> None:
     """Put each module of a model that was loaded on the CPU on the device that computes it, one matrix after the other,
     quantized there; then what belongs into CPU memory back there."""
     for name, device in ((name, torch.device(device)) for name, device in devices.items()):
-        quantize_layers(model, name, how, device)
+        quantize(model, name, how, device)
         module = model.get_submodule(name)
         move(module, device, how.dtype)
         if name in in_cpu_memory:

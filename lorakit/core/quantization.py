@@ -1,13 +1,18 @@
-"""Linear layers of 16 bits in, layers of 8 or 4 bits out: bitsandbytes' own, or rows of 8-bit codes."""
+"""Linear layers of 16 bits in, layers of 8 or 4 bits out: bitsandbytes' own, or rows of 8-bit codes; and what those are
+made of, as tensors by name."""
 
+import math
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lorakit.core.errors import NonFinite
 from lorakit.core.fast.storage import FrozenLinear
+
+_BLOCK, _NESTED_BLOCK = 64, 256  # numbers for each scale of 4 bits, and scales for each scale of theirs: bitsandbytes'
 
 
 class Quantizing(NamedTuple):
@@ -83,35 +88,104 @@ def _turned(layer: Any) -> torch.nn.Linear:
 
 
 def _by_bitsandbytes(linear: Any, how: Quantizing) -> torch.nn.Module:
+    if how.kind != "int8":
+        return _of_4_bits(linear, how, linear.weight.detach())
     import bitsandbytes as bnb
 
     size, bias = (linear.in_features, linear.out_features), linear.bias is not None
-    weight, device = linear.weight.detach(), linear.weight.device
     with torch.device("meta"):
-        made: Any
-        if how.kind == "int8":
-            made = bnb.nn.Linear8bitLt(*size, bias, has_fp16_weights=False, threshold=how.int8_threshold)
-        else:
-            storage = how.dtype if how.sharded else torch.uint8
-            given: dict[str, Any] = {"quant_type": how.kind, "quant_storage": storage}
-            made = bnb.nn.Linear4bit(*size, bias, compute_dtype=how.dtype, **given)
-    if how.kind == "int8":
-        codes, scales, _ = bnb.functional.int8_vectorwise_quant(weight.to(torch.float16))
-        made.weight = bnb.nn.Int8Params(codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=scales)
-    else:
-        made.weight = bnb.nn.Params4bit(
-            weight,
-            requires_grad=False,
-            compress_statistics=how.double_quantization,
-            module=made,
-            **given,
-        ).to(device)
-        # it would lay 4-bit weights out anew for a CPU's inference, at the first evaluation of a run: with other
-        # rounding, and only where sizes are multiples of 64 (Linear4bit.forward, 0.50)
-        made.support_avx512bf16_for_cpu = False
+        made: Any = bnb.nn.Linear8bitLt(*size, bias, has_fp16_weights=False, threshold=how.int8_threshold)
+    codes, scales, _ = bnb.functional.int8_vectorwise_quant(linear.weight.detach().to(torch.float16))
+    made.weight = bnb.nn.Int8Params(codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=scales)
     if bias:
         made.bias = torch.nn.Parameter(linear.bias.detach(), requires_grad=False)
     return made
+
+
+def _of_4_bits(linear: Any, how: Quantizing, weight: Tensor, state: Any = None) -> torch.nn.Module:
+    """bitsandbytes' layer beside a linear one, over numbers that it quantizes, or over codes with their state."""
+    import bitsandbytes as bnb
+
+    size, bias = (linear.in_features, linear.out_features), linear.bias is not None
+    given: dict[str, Any] = {"quant_type": how.kind, "quant_storage": how.dtype if how.sharded else torch.uint8}
+    with torch.device("meta"):
+        made: Any = bnb.nn.Linear4bit(*size, bias, compute_dtype=how.dtype, **given)
+    made.weight = bnb.nn.Params4bit(
+        weight,
+        requires_grad=False,
+        quant_state=state,
+        compress_statistics=how.double_quantization,
+        module=made,
+        bnb_quantized=state is not None,
+        **given,
+    )
+    if state is None:
+        made.weight = made.weight.to(weight.device)
+    else:
+        made.quant_state = state
+    # it would lay 4-bit weights out anew for a CPU's inference, at the first evaluation of a run: with other
+    # rounding, and only where sizes are multiples of 64 (Linear4bit.forward, 0.50)
+    made.support_avx512bf16_for_cpu = False
+    if bias:
+        made.bias = torch.nn.Parameter(linear.bias.detach(), requires_grad=False)
+    return made
+
+
+def stored(layer: Any) -> dict[str, Tensor]:
+    """What a quantized layer is made of, but its bias; nothing of another layer, nor of LLM.int8's."""
+    if isinstance(layer, FrozenLinear):
+        return {"codes": layer.weight.data, "scales": layer.scale}
+    state = getattr(getattr(layer, "weight", None), "quant_state", None)
+    if state is None:
+        return {}
+    found = {"codes": layer.weight.data.view(torch.uint8).flatten(), "scales": state.absmax}
+    if state.nested:
+        nested = state.state2
+        found |= {"nested_scales": nested.absmax, "nested_code": nested.code, "nested_offset": state.offset}
+    return found
+
+
+def stored_as(layer: Any, how: Quantizing) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Number type (as safetensors calls it) and shape of each of the tensors that `stored` will give of a linear layer
+    when it is quantized."""
+    outputs, inputs = _size(layer)
+    if how.by_rows:
+        return {"codes": ("I8", (outputs, inputs)), "scales": ("F32", (outputs,))}
+    numbers = outputs * inputs
+    blocks = math.ceil(numbers / _BLOCK)
+    codes = {"codes": ("U8", ((numbers + 1) // 2,))}
+    if not how.double_quantization:
+        return {**codes, "scales": ("F32", (blocks,))}
+    nested = {"nested_scales": ("F32", (math.ceil(blocks / _NESTED_BLOCK),)), "nested_code": ("F32", (256,))}
+    return {**codes, "scales": ("U8", (blocks,)), **nested, "nested_offset": ("F32", ())}
+
+
+def from_stored(layer: Any, how: Quantizing, tensors: dict[str, Tensor], device: torch.device) -> torch.nn.Module:
+    """The quantized layer of a linear layer, of what `stored` gave of it before, which lies on the device. Of the
+    linear layer its bias alone is read."""
+    outputs, inputs = _size(layer)
+    linear = torch.nn.Linear(inputs, outputs, bias=False, device="meta", dtype=how.dtype)
+    if layer.bias is not None:
+        linear.bias = torch.nn.Parameter(layer.bias.detach().to(device, how.dtype), requires_grad=False)
+    if how.by_rows:
+        return FrozenLinear(linear, how.kind, (tensors["codes"], tensors["scales"]))
+    from bitsandbytes import functional
+
+    nested: Any = {}
+    if how.double_quantization:
+        scales, code, offset = (tensors[f"nested_{part}"] for part in ("scales", "code", "offset"))
+        state2 = functional.QuantState(scales, code=code, blocksize=_NESTED_BLOCK, dtype=torch.float32)
+        nested = {"offset": offset, "state2": state2}
+    table, shape = functional.get_4bit_type(how.kind, device=device), torch.Size([outputs, inputs])
+    state = functional.QuantState(tensors["scales"], shape, table, _BLOCK, how.kind, how.dtype, **nested)
+    codes = tensors["codes"].view(how.dtype if how.sharded else torch.uint8)[:, None]
+    return _of_4_bits(linear, how, codes, state)
+
+
+def _size(layer: Any) -> tuple[int, int]:
+    """Outputs and inputs."""
+    outputs, inputs = layer.weight.t().shape if isinstance(layer, Conv1D) else layer.weight.shape
+    return outputs, inputs
 
 
 def say_how(model: PreTrainedModel, how: Quantizing) -> None:

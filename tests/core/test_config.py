@@ -494,6 +494,10 @@ CONTRADICTIONS: list[tuple[dict[str, object], list[str]]] = [
         {"double_quantization": False},
         ["found --no-double-quantization with --quantize none, need --quantize nf4 or fp4 beside it"],
     ),
+    (
+        {"cache_quantized": True},
+        ["found --cache-quantized with --quantize none, need another --quantize beside it"],
+    ),
     ({"int8_threshold": 5}, ["found --int8-threshold with --quantize none, need --quantize int8 beside it"]),
     (
         {"quantize": "nf4", "int8_threshold": 5, "private": True},
@@ -848,6 +852,7 @@ def test_of_the_batch_its_size_over_all_decides(name: str) -> None:
         ("save_minutes", 7.0),
         ("parallel", "ddp"),
         ("plan", "/elsewhere"),
+        ("cache_quantized", True),
         ("accelerate_config", "/elsewhere"),
         ("sample_prompts", "/elsewhere"),
         ("track", "mlflow"),
@@ -856,7 +861,7 @@ def test_of_the_batch_its_size_over_all_decides(name: str) -> None:
     ],
 )
 def test_what_only_says_where_or_how_often_is_no_part_of_it(name: str, value: object) -> None:
-    beside: dict[str, object] = {"eval_steps": 4}
+    beside: dict[str, object] = {"eval_steps": 4, "quantize": "nf4"}
     changed = train(**beside, **{name: value})
     assert changed != train(**beside)
     assert changed.identity() == train(**beside).identity()

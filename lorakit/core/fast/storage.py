@@ -43,11 +43,12 @@ class FrozenLinear(nn.Linear):
 
     scale: Tensor
 
-    def __init__(self, linear: nn.Linear, kind: str) -> None:
+    def __init__(self, linear: nn.Linear, kind: str, stored: tuple[Tensor, Tensor] | None = None) -> None:
+        """Of a linear layer's weight; or of codes and scales that `rows_to_codes` has given before."""
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.kind = linear.in_features, linear.out_features, kind
         self.dtype = linear.weight.dtype
-        codes, scale = rows_to_codes(linear.weight, kind)
+        codes, scale = stored or rows_to_codes(linear.weight, kind)
         self.weight = nn.Parameter(codes.view(torch.int8), requires_grad=False)
         self.register_buffer("scale", scale, persistent=False)
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)

@@ -67,6 +67,7 @@ from lorakit.core.model import (
 )
 from lorakit.core.parallel import World, clip_gradients, put, whole
 from lorakit.core.placement import Budgets, Plan, largest_batch, plan_run, with_attention
+from lorakit.core.quantized_cache import QuantizedCache
 from lorakit.core.reporting import data_summary, read_metrics, report_page
 from lorakit.core.tokenization import load_tokenizer, spec_of, tokenizer_files
 from lorakit.core.tracking import Tracker, open_tracker, require_tracker
@@ -140,6 +141,11 @@ class Run:
             )
         begun_on = self.state.engine if checkpoint is not None else None
         self.state.engine = _engine(config, weights.config, adapter, begun_with, self.device, begun_on, report)
+        if config.model.cache_quantized and config.model.quantize == "int8" and self.state.engine == "standard":
+            raise UsageError(
+                "--cache-quantized: found --quantize int8 with the standard engine, need the fast one or another kind",
+                "leave it out: what bitsandbytes' LLM.int8 makes of a base isn't kept",
+            )
         self.loss_tokens = loss_tokens(self.state.engine, int(weights.config.get("vocab_size") or 1))
         self.batch_size, self.plan = self._plan(weights, dtype)
         self.model = self._make_model(weights, adapter, dtype, goes_on=checkpoint is not None)
@@ -262,6 +268,8 @@ class Run:
                 require_vocabulary(base, part.largest_id(), self.blocks.path)
                 require_positions(base, part, self.report)
 
+        keeps = config.model.cache_quantized
+        cache = QuantizedCache(config, weights.fingerprint, world.gather, self.report) if keeps else None
         base = load_base(
             weights,
             dtype,
@@ -274,14 +282,18 @@ class Run:
             sharded=world.parallel == "fsdp",
             calibration=calibration,
             ready=ready,
+            cache=cache,
         )
+        where = " (from the cache)" if cache is not None and cache.was_found else ""
         if calibration is not None:
             self.state.calibrated = calibration.recoded > 0
             _require_alike(self.world.gather([*calibration.kept, *calibration.unmeasured]))
             if self.device.type == "cuda":  # what it took is free again, and no part of a step's peak
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
-            self.report(Notice(calibration.told(config.model.quantize, dtype_name(dtype))))
+            self.report(Notice(calibration.told(config.model.quantize, dtype_name(dtype)) + where))
+        elif where:
+            self.report(Notice(f"base in {config.model.quantize}{where}"))
         self.state.attention = _attention(base, config, self.state.attention, self.report)
         self.report(Notice(f"attention: {self.state.attention}"))
         if self.plan is not None:
@@ -320,7 +332,7 @@ class Run:
             with torch.no_grad():
                 return loss_sum(model, batch).item() / max(batch.trained_tokens, 1)
 
-        return Calibration(loss_of, compensates)
+        return Calibration(loss_of, compensates, batch.fingerprint)
 
     def _load(self, checkpoint: Artifact) -> None:
         tensors, states, self.state = read(checkpoint)
