@@ -86,6 +86,11 @@ class Adapter:
         return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
     @property
+    def is_calibrated(self) -> bool:
+        """Whether its base was rounded by what went through it, so that its numbers in training can't be made again."""
+        return self.artifact is not None and self.artifact.facts.get("calibrated") is True
+
+    @property
     def base_name(self) -> str:
         return str(self.config.get("base_model_name_or_path") or "")
 

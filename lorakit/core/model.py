@@ -555,6 +555,8 @@ def open_model(
             "lengths are theirs",
             "--quantize nf4, or leave it out",
         )
+    if adapter.is_calibrated and quantize != "none":
+        report(Notice(f"the base in {quantize} is rounded to the nearest; the adapter learned over a calibrated one"))
     chosen = _engine(engine, weights, adapter, number_type, device, quantize, report)
     base = load_base(weights, number_type, device, quantize, fast=chosen == "fast")
     replaced = _replaced(base, adapter, changes)

@@ -325,3 +325,8 @@ def test_the_numbers_of_a_calibrated_base_arent_merged_into(
     ran = cli("merge", tmp_path / "run", "--output", tmp_path / "merged", "--verify", "full")
     assert ran.code == 0
     assert "it was calibrated to be near those" in ran.err
+    assert "the numbers of a calibrated base aren't kept: answers are compared" in ran.err
+    blocks = ("--blocks", tmp_path / "blocks")
+    rounded = "the base in nf4 is rounded to the nearest; the adapter learned over a calibrated one"
+    assert rounded in cli("evaluate", tmp_path / "run", *blocks, "--quantize", "nf4").err
+    assert rounded not in cli("evaluate", tmp_path / "run", *blocks).err

@@ -106,15 +106,10 @@ def _in_training(adapter: Adapter) -> Rounding | None:
     return None if kind == "none" else Rounding(kind, "bf16" if dtype == "auto" else dtype)
 
 
-def _is_calibrated(adapter: Adapter) -> bool:
-    """Whether the base was rounded by what goes through it, so that its numbers in training can't be made again."""
-    return adapter.artifact is not None and adapter.artifact.facts.get("calibrated") is True
-
-
 def _rounding(config: MergeConfig, weighted: Sequence[Weighted], report: Report) -> Rounding | None:
     """What the base's numbers go through before anything is added: nothing, or what they went through in training."""
     trained = {_in_training(each.adapter) for each in weighted}
-    calibrated = [each.adapter.folder for each in weighted if _is_calibrated(each.adapter)]
+    calibrated = [each.adapter.folder for each in weighted if each.adapter.is_calibrated]
     if config.merging.base_precision == "16bit":
         for rounding in filter(None, trained):
             other = "--base-precision as-trained takes what training saw, --verify full measures both"
@@ -161,7 +156,7 @@ def _compared(plan: Plan, folder: Path, config: MergeConfig, report: Report) -> 
     from lorakit.core.merging.comparing import compare
 
     trained = _in_training(plan.adapters[0].adapter)
-    if any(_is_calibrated(each.adapter) for each in plan.adapters):
+    if any(each.adapter.is_calibrated for each in plan.adapters):
         report(Notice("the numbers of a calibrated base aren't kept: answers are compared, not losses as trained"))
         trained = None
     return compare(plan, folder, trained, config.merging.blocks, report)
