@@ -99,7 +99,9 @@ def prepared(work: Path, size_bytes: int) -> tuple[int, int, list[int]]:
     given = ["--tokenizer", work / "inputs" / "tiny", "--block-size", 256, "--output", output, "--quiet"]
 
     def body() -> int:
-        blocks._SHARD_BYTES = min(blocks._SHARD_BYTES, size_bytes // 64)  # a quarter of a short stream fills some too
+        blocks._SHARD_BYTES = (
+            4 * 2**20
+        )  # of which a quarter of the stream fills some too: one is held while it is filled
         return command(["prepare", source, *given, "--num-workers", 1])
 
     child = begun(body, work / "stream.log", 3600)
