@@ -19,7 +19,7 @@ from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from multiprocessing import connection, forkserver, get_context, parent_process
 from pathlib import Path
 from typing import Any
@@ -176,8 +176,8 @@ def prepare(config: PrepareConfig, report: Report) -> Prepared:
         done = artifacts.claim(target, "blocks", config, parents, overwrite=config.output.overwrite)
         if done is not None:
             found = done.facts_as(Prepared, path=target, preview=[], cached=True)
-            figures = artifacts.as_dataclass(Figures, found.figures, target / disk.MANIFEST)
-            return replace(found, preview=preview, figures=asdict(figures))
+            artifacts.as_dataclass(Figures, found.figures, target / disk.MANIFEST)  # or refused
+            return replace(found, preview=preview)
         facts: dict[str, Any] = {}
         files = _files(work, dataset, validation, target, facts, report)
         artifacts.commit(target, "blocks", files, config=config, parents=parents, facts=facts)

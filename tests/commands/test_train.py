@@ -65,7 +65,7 @@ class Training:
         report(Progress("training", 1, 1, "steps"))
         if self.error is not None:
             raise self.error
-        return Trained(target, 1, 2.0, 1.0, 10.0, 2**20, 1.0, 0, "sdpa", "standard", "fp32", already_done=False)
+        return Trained(target, 1, 2.0, 1.0, 10.0, 2**20, 1.0, 0, "sdpa", "fp32", already_done=False)
 
 
 @pytest.fixture
