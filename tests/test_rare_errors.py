@@ -101,7 +101,7 @@ def test_an_artifact_whose_disk_fails_is_named(
 def test_reading_an_artifact_on_a_disk_that_fails(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(disk, "sha256", failing)
     shows(*IO, artifacts.open_artifact, artifact, "base")
-    monkeypatch.setattr(Path, "read_bytes", failing)
+    monkeypatch.setattr(Path, "open", failing)
     shows(*IO, artifacts.read_manifest, artifact)
 
 
@@ -199,7 +199,7 @@ def test_models_that_cant_be_loaded(tiny_llama: Path, tmp_path: Path, monkeypatc
     safetensors.numpy.save_file(tensors, base / "model.safetensors", {"format": "pt"})
     shows(
         *(ExitCode.INPUT_REFUSED, "found weights without model.norm.weight (1 such)", "download the model again"),
-        *(model._from_pretrained, open_weights(base), torch.float32, None, None),
+        *(model._from_pretrained, open_weights(base), torch.float32, None),
     )
 
     def refuse(*_: object, **__: object) -> Any:
@@ -208,7 +208,7 @@ def test_models_that_cant_be_loaded(tiny_llama: Path, tmp_path: Path, monkeypatc
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", refuse)
     shows(
         *(ExitCode.INPUT_REFUSED, "can't load (an architecture of tomorrow)", "code that comes with a model is never"),
-        *(model._from_pretrained, open_weights(tiny_llama), torch.float32, None, None),
+        *(model._from_pretrained, open_weights(tiny_llama), torch.float32, None),
     )
 
 
