@@ -353,7 +353,7 @@ def test_blocks_without_a_size_or_a_tokenizer_are_refused(tmp_path: Path) -> Non
 def test_an_adapter_that_doesnt_say_what_it_comes_from_is_refused(tmp_path: Path) -> None:
     for parents in ({}, {"base": "0" * 64}):
         folder = manifest(tmp_path / "hostile", kind="adapter", parents=parents)
-        with pytest.raises(InputRefused, match="doesn't say what it comes from or what it holds, need one of lorakit's"):
+        with pytest.raises(InputRefused, match="doesn't say what it comes from or what it holds"):
             adapters.open_adapter(folder, lambda _: None)
 
 
