@@ -388,3 +388,21 @@ def test_a_connection_to_another_rank_that_breaks(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(parallel, "_all_told", broken)
     found = "found that the connection to another process broke (Connection closed by peer [127.0.0.1]:4242)"
     shows(ExitCode.RANK_FAILED, found, "look for the first error", parallel._exchange, {}, 2)
+
+
+def test_a_stop_that_comes_before_anything_begins(tmp_path: Path) -> None:
+    from lorakit.core import training
+
+    config = TrainConfig.resolve((None, {"model": "m", "blocks": "b"}))
+    with pytest.raises(LorakitError) as caught:
+        training.train(config, tmp_path / "run", [], lambda _: None, lambda: "terminate")
+    assert caught.value.exit_code == 75
+    assert caught.value.hint
+
+
+def test_a_checkpoints_tensors_that_safetensors_doesnt_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints, "read_header", lambda path: {})
+    (tmp_path / "optimizer.safetensors").write_bytes(b"x" * 9)
+    with pytest.raises(LorakitError, match="need tensors") as caught:
+        checkpoints._tensors(tmp_path / "optimizer.safetensors")
+    assert caught.value.hint == "remove this checkpoint"
