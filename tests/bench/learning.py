@@ -134,24 +134,18 @@ def gradients(asked: argparse.Namespace, way: str, folder: Path) -> dict[str, An
     from lorakit.core.adapters import open_adapter
     from lorakit.core.attention import apply
     from lorakit.core.blocks import Blocks
-    from lorakit.core.calibration import CALIBRATION_TOKENS, Calibration
     from lorakit.core.evaluation import loss_sum
     from lorakit.core.fast.engine import make_fast
     from lorakit.core.model import autocast, continue_lora, load_base, make_ready, trained_parameters
+    from lorakit.core.training.loop import calibration_on
     from lorakit.core.weights import open_weights
 
     device = torch.device("cuda" if on_gpu() else "cpu")
     dtype = torch.bfloat16 if on_gpu() else torch.float32
     engine, kind, *nearest = way.split("-")
     blocks = Blocks(folder / "blocks")
-    first = blocks.batch(range(-(-CALIBRATION_TOKENS // blocks.size)))
-
-    def loss_of(model: Any) -> float:
-        with torch.no_grad():
-            return loss_sum(model, first).item() / first.trained_tokens
-
     calibrates = kind in ("fp8", "nf4") and not nearest
-    calibration = Calibration(loss_of, True) if calibrates else None
+    calibration = calibration_on(blocks, compensates=True) if calibrates else None
     is_fast = engine == "fast"
     base = load_base(open_weights(Path(asked.model)), dtype, device, kind, fast=is_fast, calibration=calibration)
     apply(base, "varlen")

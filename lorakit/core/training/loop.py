@@ -309,7 +309,7 @@ class Run:
     def _calibration(self, followed: Plan | None, *, goes_on: bool) -> Calibration | None:
         """What a quantized base is rounded by, and measured on: the first of the blocks. None where it doesn't lie on
         one device. A run that goes on keeps the rounding that it began with. Raises Mismatch where it can't."""
-        kind, size = self.config.model.quantize, self.blocks.size
+        kind = self.config.model.quantize
         if kind == "none":
             return None
         compensates = self.state.calibrated if goes_on else self.config.model.calibrate and kind in CALIBRATED
@@ -324,15 +324,7 @@ class Run:
             if compensates:
                 self.report(Notice(f"base in {kind}, rounded to the nearest: calibration needs it on one device"))
             return None
-        found = self.blocks.batch(range(min(len(self.blocks), -(-CALIBRATION_TOKENS // size))))
-        most = slice(CALIBRATION_TOKENS)  # of one long block
-        batch = Batch(found.ids_BT[:, most], found.positions_BT[:, most], found.trained_BT[:, most])
-
-        def loss_of(model: Any) -> float:
-            with torch.no_grad():
-                return loss_sum(model, batch).item() / max(batch.trained_tokens, 1)
-
-        return Calibration(loss_of, compensates, batch.fingerprint)
+        return calibration_on(self.blocks, compensates=compensates)
 
     def _load(self, checkpoint: Artifact) -> None:
         tensors, states, self.state = read(checkpoint)
@@ -702,6 +694,19 @@ def _engine(
         return reason or engines.lacking_on(device, quantize)
 
     return engines.choose(begun_on if begun_on == "standard" else asked, needed, lacks, device, report)
+
+
+def calibration_on(blocks: Blocks, *, compensates: bool) -> Calibration:
+    """A base's calibration on the first of the blocks, or on the beginning of one long block."""
+    found = blocks.batch(range(min(len(blocks), -(-CALIBRATION_TOKENS // blocks.size))))
+    most = slice(CALIBRATION_TOKENS)
+    batch = Batch(found.ids_BT[:, most], found.positions_BT[:, most], found.trained_BT[:, most])
+
+    def loss_of(model: Any) -> float:
+        with torch.no_grad():
+            return loss_sum(model, batch).item() / max(batch.trained_tokens, 1)
+
+    return Calibration(loss_of, compensates, batch.fingerprint)
 
 
 def _require_alike(found: Sequence[Sequence[str]]) -> None:
