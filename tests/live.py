@@ -1,11 +1,11 @@
 """How many bytes of tensors live at once, seen from outside: the reference that memory.py is held against."""
 
-import itertools
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch._C._profiler import _EventType
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -70,10 +70,27 @@ def saved_bytes(run: Callable[[], torch.Tensor], ignore: Iterable[torch.Tensor])
 
 def allocated_peak(run: Callable[[], object]) -> int:
     """The most bytes that torch's CPU allocator held for `run()` at once, as the profiler saw each of its calls; what
-    operations hold inside themselves counts too."""
+    operations hold inside themselves counts too. What was there before isn't counted when it is freed: the profiler
+    takes it for what an earlier profile saw at its address."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
         run()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]  # type: ignore[union-attr]
-    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
-    return max(itertools.accumulate(sizes, initial=0))
+    held: dict[int, int] = {}  # address -> bytes
+    live = peak = 0
+    for event in sorted(_allocations(profile.profiler.kineto_results.experimental_event_tree())):  # type: ignore[union-attr]
+        _, address, size = event
+        if size > 0:
+            held[address] = size
+            live += size
+        else:
+            live -= held.pop(address, 0)
+        peak = max(peak, live)
+    return peak
+
+
+def _allocations(events: Iterable[Any]) -> Iterator[tuple[int, int, int]]:
+    """(nanoseconds, address, bytes or minus bytes) of each call of the allocator, as the profiler orders them."""
+    for event in events:
+        if event.tag == _EventType.Allocation:
+            yield event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size
+        yield from _allocations(event.children)
