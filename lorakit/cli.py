@@ -4,6 +4,7 @@ Only the command that is run gets its options built, and what Tab doesn't need i
 waits for it.
 """
 
+import atexit
 import os
 import re
 import shlex
@@ -12,7 +13,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.exceptions import TyperException
@@ -153,6 +154,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = main(sys.argv[1:])
         for number in (signal.SIGTERM, signal.SIGINT):  # the code is settled, and libraries clean up
             signal.signal(number, signal.SIG_IGN)
+        if code != ExitCode.DONE and _rank() is not None:
+            _leave(code)
         return code
     signal.signal(signal.SIGTERM, _terminate)
     environment.no_kernels_from_the_hub()
@@ -191,6 +194,16 @@ def _fail(error: LorakitError) -> int:
     elif rank == 0:
         Console().error(error)
     return int(error.exit_code)
+
+
+def _leave(code: int) -> NoReturn:
+    """End a process that failed among others once libraries have cleaned up, without taking Python down: the threads
+    by which it spoke to the others are still there, and one time in some sixty they abort a process that destroys
+    them, whose exit code is lost."""
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _rank() -> int | None:

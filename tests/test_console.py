@@ -405,6 +405,24 @@ def test_verbose_shows_what_libraries_say_and_where_a_bug_is() -> None:
         assert ("Traceback" in done.stderr) == shown
 
 
+def test_one_of_many_that_fails_doesnt_take_python_down() -> None:
+    script = (
+        "import atexit, sys; from lorakit import cli\n"
+        "class Threads:\n"
+        "    def __del__(self): print('torn down', file=sys.__stderr__)\n"
+        "group = Threads(); atexit.register(print, 'cleaned up')\n"
+        "sys.exit(cli.main())"
+    )
+    place = {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "x", "MASTER_PORT": 1}
+    for more, torn_down in (({}, True), (place, False)):
+        environ = os.environ | {name: str(value) for name, value in more.items()}
+        command = [sys.executable, "-c", script, "merge", "--wrong"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environ)
+        assert (done.returncode, done.stdout) == (2, "cleaned up\n")
+        assert "error: found the unknown option --wrong" in done.stderr
+        assert ("torn down" in done.stderr) == torn_down
+
+
 def test_processes_that_a_command_starts_print_alike() -> None:
     assert Console().options == []
     assert Console(json=True, quiet=True).options == ["--json", "--quiet"]
