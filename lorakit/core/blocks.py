@@ -53,6 +53,11 @@ class Batch:
         starts = np.flatnonzero(self.positions_BT == 0)
         return np.append(starts, self.positions_BT.size).astype(np.int32)
 
+    @cached_property
+    def predicting(self) -> NDArray[np.int64]:
+        """Where in the rows end to end the prediction of a trained token is made: one before it."""
+        return np.flatnonzero(np.pad(self.trained_BT[:, 1:], ((0, 0), (0, 1))))
+
     @property
     def longest(self) -> int:
         """Tokens of the longest document."""

@@ -120,28 +120,32 @@ def block_losses(model: Any, batch: Batch) -> NDArray[np.float64]:
 def _losses(model: Any, batch: Batch, chunk_tokens: int, reduction: str) -> list[Tensor]:
     """The loss of each chunk of trained tokens: its sum, or that of each token."""
     device = model.get_input_embeddings().weight.device
-    ids_BT = torch.from_numpy(batch.ids_BT).to(device)
-    positions_BT = torch.from_numpy(batch.positions_BT).to(device)
     whole = model.get_base_model() if isinstance(model, PeftModel) else model
     lengths: dict[str, Any] = {}
     if whole.config._attn_implementation in BY_LENGTHS:
-        ends = torch.from_numpy(batch.ends).to(device)
+        ends = _on(device, batch.ends)
         lengths = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends}
         lengths |= {"max_length_q": batch.longest, "max_length_k": batch.longest}
-    inputs = {"input_ids": ids_BT, "position_ids": positions_BT, "use_cache": False, **lengths}
+    inputs = {"input_ids": _on(device, batch.ids_BT), "position_ids": _on(device, batch.positions_BT)}
     as_it_is = any(getattr(whole.config, field, None) for field in CHANGES_LOGITS)
-    output = (model if as_it_is else whole.base_model)(**inputs)
+    output = (model if as_it_is else whole.base_model)(**inputs, use_cache=False, **lengths)
     last_device = output[0].device  # where layers are split over devices, another than the first
-    predicting_BT = torch.from_numpy(batch.trained_BT[:, 1:]).to(last_device)
-    targets_N = ids_BT[:, 1:].to(last_device)[predicting_BT]
+    rows_N = _on(last_device, batch.predicting)
+    targets_N = _on(last_device, batch.ids_BT.reshape(-1)[batch.predicting + 1])
     if as_it_is:
-        return [cross_entropy(output.logits[:, :-1][predicting_BT].float(), targets_N, reduction=reduction)]
-    hidden_NH = output.last_hidden_state[:, :-1][predicting_BT]
+        return [cross_entropy(output.logits.flatten(0, 1)[rows_N].float(), targets_N, reduction=reduction)]
+    hidden_NH = output.last_hidden_state.flatten(0, 1).index_select(0, rows_N)
     del output
     return [
         checkpoint(_chunk_loss, whole.get_output_embeddings(), hidden_CH, targets_C, reduction, use_reentrant=False)
         for hidden_CH, targets_C in zip(hidden_NH.split(chunk_tokens), targets_N.split(chunk_tokens), strict=True)
     ]
+
+
+def _on(device: torch.device, array: NDArray[Any]) -> Tensor:
+    """An array on a device; on a GPU without waiting for what was launched before, as other copies would."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _chunk_loss(head: Any, hidden_CH: Tensor, targets_C: Tensor, reduction: str) -> Tensor:

@@ -194,18 +194,18 @@ def put(value: Tensor, into: Tensor) -> None:
     into.copy_(value)
 
 
-def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> float:
-    """Scale all gradients down to a norm of `max_norm` together; returns the norm that they had."""
+def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+    """Scale all gradients down to a norm of `max_norm` together; returns the norm that they had, a scalar."""
     trained = [parameter for parameter in parameters if parameter.grad is not None]
     kinds = [[p for p in trained if isinstance(p, DTensor) is sharded] for sharded in (False, True)]
     kinds = [kind for kind in kinds if kind]
     if len(kinds) == 1 and not isinstance(kinds[0][0], DTensor):
-        return float(torch.nn.utils.clip_grad_norm_(kinds[0], max_norm))
+        return torch.nn.utils.clip_grad_norm_(kinds[0], max_norm)
     norms = [whole(torch.nn.utils.get_total_norm([p.grad for p in kind if p.grad is not None])) for kind in kinds]
     norm = torch.linalg.vector_norm(torch.stack(norms))
     for kind in kinds:
         torch.nn.utils.clip_grads_with_norm_(kind, max_norm, norm.to(kind[0].device))
-    return float(norm)
+    return norm
 
 
 def _gradient(parameter: Tensor) -> Tensor:

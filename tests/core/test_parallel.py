@@ -372,7 +372,7 @@ def test_alone_nothing_is_exchanged() -> None:
     parameter.grad = torch.ones(2)
     world.sum_gradients([parameter])
     assert parameter.grad.tolist() == [1, 1]
-    assert clip_gradients([parameter], 1e-3) == pytest.approx(2**0.5)
+    assert clip_gradients([parameter], 1e-3).item() == pytest.approx(2**0.5)
     with torch.no_grad():
         put(torch.tensor([3.0, 4.0]), parameter)
     assert whole(parameter).tolist() == [3, 4]

@@ -137,7 +137,7 @@ def gradients(world: World) -> dict[str, Any]:
     assert isinstance(sharded, DTensor)
     mixed = [torch.nn.Parameter(sharded), torch.nn.Parameter(torch.zeros(4))]
     mixed[0].grad, mixed[1].grad = sharded * 2, torch.tensor([1.0, -2.0, 3.0, 4.0])
-    norm = clip_gradients(mixed, 2.5)
+    norm = clip_gradients(mixed, 2.5).item()
     clipped = [whole(parameter.grad).tolist() for parameter in mixed if parameter.grad is not None]
     local = sharded.to_local().numel()
     with torch.no_grad():

@@ -360,9 +360,9 @@ def gradients(work: Path, without: str | None, case: tuple[int, int, int]) -> li
         expected, _, count = whole_gradients(run)
         found: list[torch.Tensor] = []
 
-        def look(parameters: Any, _: float) -> float:
+        def look(parameters: Any, _: float) -> torch.Tensor:
             found.extend(parameter.grad.clone() for parameter in parameters)
-            return 1.0
+            return torch.ones(())
 
         original, summed = loop.clip_gradients, loop.loss_sum
         loop.clip_gradients = look

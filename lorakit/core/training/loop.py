@@ -403,32 +403,40 @@ class Run:
             raise _shared(error)
 
     def _step(self) -> dict[str, Any]:
-        """One optimizer step; returns its line of metrics. Raises NonFinite before anything is changed by it."""
+        """One optimizer step; returns its line of metrics. Raises NonFinite, after which nothing may be kept.
+
+        Figures are read from the device once, when all that it has to do is launched.
+        """
         started = time.monotonic()
         state, size, world = self.state, self.batch_size, self.world
         indices = self.schedule.blocks_of_step(state.step)
         batches = [self.blocks.batch(indices[at : at + size]) for at in range(0, len(indices), size)]
         trained_tokens = max(sum(batch.trained_tokens for batch in batches), 1)
+        rate = self.learning_rate.at(state.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
         while True:
             self.optimizer.zero_grad(set_to_none=True)
             scale = state.loss_scale if self.scaled else 1.0
-            total = sum(world.gather(self._backward(batches, scale / trained_tokens, trained_tokens)))
+            losses = self._backward(batches, scale / trained_tokens)
             world.sum_gradients(self.parameters.values())
             if self.scaled:
                 for parameter in self.parameters.values():
                     if parameter.grad is not None:
                         parameter.grad.mul_(1 / scale)
-            norm = clip_gradients(self.parameters.values(), self.config.optimizer.max_grad_norm)
+            clipped = clip_gradients(self.parameters.values(), self.config.optimizer.max_grad_norm)
+            if not self.scaled:
+                self.optimizer.step()
+            total = sum(world.gather(sum(loss.item() / trained_tokens for loss in losses)))
+            norm = clipped.item()
             if math.isfinite(total) and math.isfinite(norm):
                 break
             if not (self.scaled and math.isfinite(total) and scale > _SMALLEST_LOSS_SCALE):
                 place = f"blocks {', '.join(map(str, indices[:8]))}{' …' if len(indices) > 8 else ''}"
                 raise self._not_finite(f"loss {total} and gradient norm {norm} ({place})", state.step + 1)
             state.loss_scale, state.loss_scale_age = scale / 2, 0  # fp16 overflowed: the same step with a smaller scale
-        rate = self.learning_rate.at(state.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
+        if self.scaled:
+            self.optimizer.step()
         state.loss_scale_age += 1
         if state.loss_scale_age == 2000:  # the growth interval of torch.amp.GradScaler
             state.loss_scale, state.loss_scale_age = state.loss_scale * 2, 0
@@ -449,13 +457,14 @@ class Run:
             "peak_bytes": peak_bytes(self.device),
         }
 
-    def _backward(self, batches: Sequence[Batch], factor: float, trained_tokens: int) -> float:
-        """This process's share of the micro-steps, forward and backward; returns its part of the step's loss.
+    def _backward(self, batches: Sequence[Batch], factor: float) -> list[Tensor]:
+        """This process's share of the micro-steps, forward and backward; returns the loss of each, summed over its
+        trained tokens.
 
         Each micro-step is seeded by its place in the step, so that dropout doesn't depend on who computes it. Shards
         are fetched by all processes together: one that has no batch left computes another's for nothing.
         """
-        world, total = self.world, 0.0
+        world, losses = self.world, []
         for turn in range(0, len(batches), world.size):
             mine = turn + world.rank
             if mine >= len(batches) and world.parallel != "fsdp":
@@ -464,9 +473,10 @@ class Run:
             torch.manual_seed(seed_of(self.config.batch.seed, self.state.step, mine))
             with self.autocast:
                 loss = loss_sum(self.model, batch, self.loss_tokens)
-            total += loss.item() / trained_tokens if share else 0.0
+            if share:
+                losses.append(loss.detach())
             (loss * (share * world.mean_over)).backward()
-        return total
+        return losses
 
     def _not_finite(self, found: str, step: int | None = None) -> LorakitError:
         error = NonFinite(

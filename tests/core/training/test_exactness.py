@@ -93,10 +93,10 @@ def in_gradient(step: int, of: int, value: float) -> Callable[[pytest.MonkeyPatc
         original = loop.Run._backward
 
         def poisoned(run: Any, *arguments: Any) -> Any:
-            total = original(run, *arguments)
+            losses = original(run, *arguments)
             if run.state.step == step:
                 list(run.parameters.values())[of].grad.view(-1)[-1] = value
-            return total
+            return losses
 
         patch.setattr(loop.Run, "_backward", poisoned)
 

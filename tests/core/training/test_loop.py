@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorakit.core import offloading
 from lorakit.core.artifacts import open_artifact
@@ -170,6 +171,46 @@ def test_fp16_overflow_repeats_the_step_with_a_smaller_scale(
     saved = json.loads((tmp_path / "run" / "checkpoints" / "step-00000003" / "state.json").read_text())
     assert saved["loss_scale"] < 2.0**40
     assert len(losses(tmp_path / "run")) == 3
+
+
+class Asked(TorchDispatchMode):
+    """The names of the operators that run, in their order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("engine", ["standard", "fast"])
+def test_a_step_launches_everything_before_it_reads_anything(
+    train: Train, monkeypatch: pytest.MonkeyPatch, engine: str
+) -> None:
+    """A GPU would have nothing to do from each look at a number until the next launch. Sizes that depend on numbers,
+    as those of boolean indices, are looks too."""
+    original, seen = loop.Run._step, []
+
+    def watched(run: Any) -> Any:
+        with Asked() as asked:
+            hook = run.optimizer.register_step_pre_hook(lambda *_: asked.names.append("update"))
+            line = original(run)
+        hook.remove()
+        seen.append(asked.names)
+        return line
+
+    monkeypatch.setattr(loop.Run, "_step", watched)
+    ran = train("run", "--max-steps", 2, "--batch-size", 1, "--effective-batch-size", 3, "--engine", engine)
+    assert ran.code == 0, ran.err
+    for names in seen:
+        assert names.count("embedding") == 3
+        update = names.index("update")
+        looks = [at for at, name in enumerate(names[:update]) if name in ("_local_scalar_dense", "item", "nonzero")]
+        # transformers looks whether documents are packed, as each forward pass begins
+        assert [names[at - 1] for at in looks] == ["all"] * 3
+        assert names[update:].count("_local_scalar_dense") >= 3 + 1  # the losses and the norm
 
 
 @pytest.mark.parametrize("bad_step", [1, 3, 4])

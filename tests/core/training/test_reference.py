@@ -121,9 +121,9 @@ def test_gradients_are_those_of_the_whole_step_however_it_is_cut(
     expected, loss, _ = whole_gradients(run)
     found: list[torch.Tensor] = []
 
-    def look(parameters: Any, _: float) -> float:
+    def look(parameters: Any, _: float) -> torch.Tensor:
         found.extend(parameter.grad.clone() for parameter in parameters)
-        return 1.0
+        return torch.ones(())
 
     monkeypatch.setattr(loop, "clip_gradients", look)
     line = run._step()
