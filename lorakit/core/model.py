@@ -22,7 +22,7 @@ from torch.nn import ModuleList
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lorakit.core import engines
+from lorakit.core import artifacts, engines
 from lorakit.core.adapters import WEIGHTS, Adapter, Change, Replacement, base_folder, match, open_adapter
 from lorakit.core.blocks import Blocks
 from lorakit.core.calibration import Calibration, calibrate
@@ -425,15 +425,23 @@ def checkpoint_activations(model: PeftModel) -> None:
 
 def compile_layers(model: PeftModel) -> None:
     """Have torch compile each decoder layer: all are alike, so that one compilation serves them all."""
-    let_compilations_differ()
+    prepare_compiling()
     for layer in decoder_layers(model):
         layer.compile()
 
 
-def let_compilations_differ() -> None:
+def prepare_compiling() -> None:
     """With and without gradients, for evaluations, for rows of one document and of many: all decoder layers share the
-    eight compilations that torch allows a function, and after those it computes without a word as it is written."""
+    eight compilations that torch allows a function, and after those it computes without a word as it is written.
+
+    On the disk torch keeps compilations by what calls the fast engine's operators, not by how these are written: those
+    of another lorakit would give its gradients, or fail.
+    """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _COMPILATIONS)
+    sources = sorted(Path(__file__).with_name("fast").glob("*.py"))
+    tag = f"lorakit {artifacts.fingerprint([source.read_text(encoding='utf-8') for source in sources])}"
+    if tag not in torch.compiler.config.cache_key_tag:
+        torch.compiler.config.cache_key_tag += tag
 
 
 def decoder_layers(model: PreTrainedModel | PeftModel) -> ModuleList:

@@ -6,7 +6,7 @@ import torch
 
 from lorakit.core.engines import computes_in_fp8
 from lorakit.core.fast.layers import speed_up
-from lorakit.core.model import decoder_layers, let_compilations_differ
+from lorakit.core.model import decoder_layers, prepare_compiling
 
 
 def make_fast(model: Any, quantize: str) -> None:
@@ -16,6 +16,6 @@ def make_fast(model: Any, quantize: str) -> None:
     # who asks for fp32 gets products in fp32
     rounds = model.dtype is torch.bfloat16 and quantize in ("fp8", "nf4", "fp4")
     if on_gpu:
-        let_compilations_differ()
+        prepare_compiling()
     for layer in decoder_layers(model):
         speed_up(layer, in_fp8=rounds and computes_in_fp8(device), compiled=on_gpu)

@@ -1,5 +1,10 @@
 """The operator against autograd in fp64, and its 8-bit arithmetic against the formulas in numpy."""
 
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -7,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import lorakit
 from lorakit.core.fast.linear import frozen_linear
 from lorakit.core.fast.storage import FrozenLinear, rounded, store
 
@@ -53,6 +59,29 @@ def test_torch_finds_the_operator_in_order(needs_dx: bool) -> None:
     x, a, b = inputs(torch.float32)
     given = (x.requires_grad_(needs_dx), None, None, [weight(torch.float32)], "plain", ENDS, a, b)
     torch.library.opcheck(frozen_linear, given)
+
+
+def test_what_torch_kept_of_another_lorakits_compilations_isnt_used(tmp_path: Path) -> None:
+    """It knows the operator by its name only, and keeps the backward pass beside."""
+    script = (
+        "import torch; from lorakit.core.fast.linear import frozen_linear; from lorakit.core import model\n"
+        "model.prepare_compiling()\n"
+        "base, a, b = [torch.ones(16, 16)], *(torch.ones(16, 16, requires_grad=True) for _ in range(2))\n"
+        "run = torch.compile(lambda x, a, b: frozen_linear(x, None, None, base, 'plain', [16], a, b)[0].sum())\n"
+        "run(torch.ones(2, 16), a, b).backward()\n"
+        "print(a.grad[0, 0].item())"
+    )
+    package = Path(lorakit.__file__).parent
+    shutil.copytree(package, tmp_path / "lorakit")
+    path = tmp_path / "lorakit" / "core" / "fast" / "linear.py"
+    path.write_text(path.read_text().replace("None, None, da, db\n", "None, None, da * 3, db\n"))
+    found = []
+    for where in (package.parent, tmp_path):
+        environ = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "kept"), "PYTHONPATH": str(where)}
+        command = [sys.executable, "-c", script]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environ, cwd=where)
+        found.append(float(done.stdout))
+    assert found == [32.0, 96.0]
 
 
 @pytest.mark.parametrize("kind", ["plain", "fp8"])
