@@ -21,7 +21,14 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lorakit.core.environment import Worker
-from lorakit.core.errors import EnvironmentUnusable, LorakitError, RankFailed, first_line
+from lorakit.core.errors import (
+    EnvironmentUnusable,
+    ExitCode,
+    LorakitError,
+    RankFailed,
+    first_line,
+    is_out_of_memory,
+)
 
 _TIMEOUT = timedelta(minutes=30)
 """The longest that a process waits for the others in one exchange. The first one hashes a base that none has seen
@@ -61,9 +68,11 @@ class World:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """What is done inside is done by all processes or by none: where one fails, every one raises.
+        """What is done inside is done by all processes or by none: where one fails, every one raises, with its exit
+        code.
 
-        An error that all raise alike is marked as `shared`, so that one process speaks.
+        An error whose exit code all failures have is marked as `shared`: the first process speaks, of its own or of
+        what it heard.
         """
         if self.size == 1:
             yield
@@ -73,8 +82,8 @@ class World:
         except Exception as error:
             if not getattr(error, "heard", False):
                 mine = {"failed": first_line(error), "code": _code(error), "hint": getattr(error, "hint", "")}
-                told = _exchange(mine, self.size)
-                error.shared = all(one.get("code") == mine["code"] for one in told)  # type: ignore[attr-defined]
+                codes = {one["code"] for one in _exchange(mine, self.size) if "failed" in one}
+                error.shared = codes == {mine["code"]}  # type: ignore[attr-defined]
                 error.heard = True  # type: ignore[attr-defined]
             raise
         self.gather(None)
@@ -213,12 +222,17 @@ def _gradient(parameter: Tensor) -> Tensor:
 
 
 def _code(error: BaseException) -> int:
-    return int(getattr(error, "exit_code", 1))
+    if is_out_of_memory(error):
+        return int(ExitCode.OUT_OF_MEMORY)
+    if isinstance(error, OSError):
+        return int(ExitCode.DISK)
+    return int(getattr(error, "exit_code", ExitCode.RANK_FAILED))
 
 
 def _heard(rank: int, told: dict[str, Any]) -> LorakitError:
     error = RankFailed(f"rank {rank}: {told['failed']}", told["hint"] or "the same command again goes on")
     error.shared = error.heard = True
+    error.exit_code = ExitCode(told["code"])
     return error
 
 

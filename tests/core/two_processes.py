@@ -91,6 +91,7 @@ def raised(world: World, mine: LorakitError | None) -> dict[str, Any]:
             "message": error.message,
             "hint": error.hint,
             "shared": getattr(error, "shared", False),
+            "code": int(error.exit_code),
         }
     return {"kind": None}
 

@@ -134,3 +134,8 @@ def test_two_ranks_stop_together_and_one_that_is_killed_ends_the_run_within_seco
     for _ in range(2):  # the second time it is done already
         finished(run)
         assert adapter(run) == adapter(whole)
+    # what the first rank alone refuses is refused by all, in one sentence and with its own exit code
+    refused = subprocess.run([*run, "--rank", "4"], capture_output=True, text=True, check=False)
+    assert refused.returncode == 5, refused.stderr
+    assert refused.stderr.count("error: ") == 1
+    assert "rank: found 16, asked for 4" in refused.stderr
