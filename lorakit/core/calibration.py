@@ -58,6 +58,18 @@ class Calibration:
     """Matrices rounded to the nearest, because there was no memory for their moments or no token passed them."""
     recoded: int = 0
     """How many matrices got other codes than the nearest."""
+    out_of_memory: bool = False
+    """Whether some are unmeasured for want of memory, of which there may be more another time."""
+
+    @property
+    def changes(self) -> bool:
+        """Whether the base isn't what rounding to the nearest makes of it."""
+        return bool(self.compensates and (self.recoded or self.kept))
+
+    @property
+    def exceptions(self) -> list[str]:
+        """Matrices that weren't compensated as the others were."""
+        return [*self.kept, *self.unmeasured] if self.compensates else []
 
     def told(self, kind: str, dtype: str) -> str:
         """One line on what the base has lost."""
@@ -161,6 +173,7 @@ class _Through:
         except RuntimeError as error:
             if not (isinstance(error, LinAlgError) or is_out_of_memory(error)):
                 raise
+            self.into.out_of_memory |= is_out_of_memory(error)
 
     def _quantize(self, names: list[str], inputs: Tensor) -> None:
         """The matrices that read the same inputs: all of them, or none."""

@@ -182,9 +182,12 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _facts(calibration: Calibration | None) -> dict[str, Any] | None:
-    """What came out; None where that is no number, and the run won't come far."""
+    """What came out; None where that is no number, and the run won't come far, and where more memory would have made
+    another base."""
     if calibration is None:
         return {}
+    if calibration.out_of_memory:
+        return None
     losses = {"exact_loss": calibration.exact_loss, "quantized_loss": calibration.quantized_loss}
     if not all(math.isfinite(number) for number in (*losses.values(), *calibration.errors.values())):
         return None

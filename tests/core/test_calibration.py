@@ -184,16 +184,20 @@ def test_rows_that_blocks_of_64_dont_divide_are_rounded_to_the_nearest(tmp_path:
     assert "rounded to the nearest" in given.told("nf4", "fp32")
 
 
-def test_a_matrix_that_would_lose_too_much_stays_exact_with_its_neighbours(tmp_path: Path) -> None:
-    """One number so large that all others of its row are rounded to zero."""
-    folder = make_llama(tmp_path / "spiked", hidden_size=64, intermediate_size=128)
+def spiked(folder: Path, **sizes: int) -> Path:
+    """A model with numbers so large in one matrix that all others of its rows are rounded to zero; nothing reads
+    them."""
+    make_llama(folder, **sizes)
     model = AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():
-        inner = decoder_layers(model)[1].self_attn
-        inner.k_proj.weight[:, 5] = 1e6
+        decoder_layers(model)[1].self_attn.k_proj.weight[:, 5] = 1e6
         decoder_layers(model)[1].input_layernorm.weight[5] = 0
     model.save_pretrained(folder)
-    given = calibration()
+    return folder
+
+
+def test_a_matrix_that_would_lose_too_much_stays_exact_with_its_neighbours(tmp_path: Path) -> None:
+    folder, given = spiked(tmp_path / "spiked", hidden_size=64, intermediate_size=128), calibration()
     found = loaded(folder, "fp8", given)
     names = {f"model.layers.1.self_attn.{each}_proj" for each in "qkv"}
     assert set(given.kept) == names
@@ -204,12 +208,7 @@ def test_a_matrix_that_would_lose_too_much_stays_exact_with_its_neighbours(tmp_p
 
 
 def test_where_nothing_is_compensated_even_the_worst_matrix_is_rounded(tmp_path: Path) -> None:
-    folder = make_llama(tmp_path / "spiked", hidden_size=64, intermediate_size=128)
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    with torch.no_grad():
-        decoder_layers(model)[1].self_attn.k_proj.weight[:, 5] = 1e6
-        decoder_layers(model)[1].input_layernorm.weight[5] = 0
-    model.save_pretrained(folder)
+    folder = spiked(tmp_path / "spiked", hidden_size=64, intermediate_size=128)
     given = calibration(compensates=False)
     loaded(folder, "fp8", given)
     assert (given.kept, given.recoded) == ([], 0)
@@ -297,6 +296,39 @@ def test_a_run_keeps_the_rounding_that_it_began_with(train: Callable[..., Ran], 
     assert "hint: go on without --parallel fsdp" in found.stderr
     ran = train("run", *given, "--max-steps", 2)
     assert (ran.json["calibrated"], ran.json["steps"]) == (True, 2)
+
+
+def test_matrices_kept_exact_stay_so_when_a_run_goes_on(train: Callable[..., Ran], tmp_path: Path) -> None:
+    """Also where no code changes, since blocks of 64 don't divide the rows."""
+    sizes = {"hidden_size": 72, "intermediate_size": 104, "num_attention_heads": 3, "num_key_value_heads": 1}
+    model = ("--model", spiked(tmp_path / "narrow", **sizes), "--quantize", "nf4", "--lr-scheduler-type", "constant")
+    whole = train("whole", *model, "--max-steps", 2)
+    assert whole.json["calibrated"], whole.err
+    train("run", *model)
+    ran = train("run", *model, "--max-steps", 2, "--extend")
+    assert "in fp32 stay" in ran.err
+    assert ran.json["last_loss"] == whole.json["last_loss"]
+
+
+def test_a_run_that_begins_with_less_memory_doesnt_go_on_over_another_base(
+    train: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = ("--quantize", "nf4", "--lr-scheduler-type", "constant", "--extend")
+    original = Spread.of
+
+    def short(moments_KK: torch.Tensor) -> Spread:
+        if len(moments_KK) > 64:
+            raise torch.OutOfMemoryError("no memory for moments")
+        return original(moments_KK)
+
+    monkeypatch.setattr(Spread, "of", short)
+    assert "rounded to the nearest, unmeasured" in train("run", *given, "--cache-quantized").err
+    assert not list((tmp_path / "cache").rglob("quantized/*/lorakit.json"))  # nor is such a base kept
+    assert train("run", *given, "--max-steps", 2).code == 0
+    monkeypatch.undo()
+    ran = train("run", *given, "--max-steps", 3)
+    assert ran.code == 5
+    assert "found 0 matrices that can't be calibrated, need those that couldn't be when the run began" in ran.err
 
 
 def test_ranks_that_had_to_round_otherwise_dont_train_together() -> None:

@@ -104,6 +104,8 @@ def train(
             with world.together():
                 checkpoint = artifacts.open_artifact(Path(newest), "checkpoint") if newest else None
                 run = Run(config, Path(folder), blocks, weights, adapter, parents, checkpoint, world, report)
+                if place is not None and place.reopens:
+                    artifacts.reopen(place.folder, UNFINISHED)
             facts = run.go(should_stop)
         if place and place.folder != target:
             artifacts.replace(place.folder, target)
@@ -120,6 +122,8 @@ class _Place:
     folder: Path
     checkpoint: Artifact | None = None
     done: Artifact | None = None
+    reopens: bool = False
+    """Whether it is an adapter, for more steps: it becomes a run again when these can begin."""
 
     @property
     def shared(self) -> tuple[str, str | None]:
@@ -170,8 +174,7 @@ def _claim(
                     f"--extend: found {folder} with {done.facts['steps']} steps already, need more than these",
                     f"raise --max-steps or --epochs: these settings mean {steps} steps",
                 )
-            artifacts.reopen(folder, UNFINISHED)
-            return _Place(folder, checkpoint)
+            return _Place(folder, checkpoint, reopens=True)
         if done is not None:
             return _Place(folder, done=done)
         if artifacts.is_artifact(folder):

@@ -47,6 +47,10 @@ class State:
     """What it was computed with."""
     calibrated: bool = False
     """Whether the base was rounded by what goes through it."""
+    not_calibrated: str = ""
+    """The fingerprint of the names of matrices that couldn't be, where others were."""
+    batch_size: int = 0
+    """The blocks of a micro-step that it was computed with."""
     best_step: int = 0
     best_loss: float | None = None
     evaluations_without_better: int = 0
@@ -56,8 +60,8 @@ class State:
 
     def __post_init__(self) -> None:
         """Raises ValueError where its numbers don't go together."""
-        counted = (self.step, self.tokens, self.seconds, self.loss_scale_age, self.evaluations_without_better)
-        if min(counted) < 0 or not self.loss_scale > 0 or not 0 <= self.best_step <= self.step:
+        counted = [self.step, self.tokens, self.seconds, self.loss_scale_age, self.evaluations_without_better]
+        if min(*counted, self.batch_size) < 0 or not self.loss_scale > 0 or not 0 <= self.best_step <= self.step:
             raise ValueError("numbers that no run comes to")
         if (self.best_step > 0) != (self.best_loss is not None):
             raise ValueError("a best step without its loss, or a loss without its step")

@@ -120,7 +120,8 @@ class Run:
         if checkpoint is not None:
             self.state.attention = str(checkpoint.facts["attention"])
             self.state.engine = checkpoint.facts.get("engine", self.state.engine)
-            self.state.calibrated = checkpoint.facts.get("calibrated", self.state.calibrated)
+            for name in ("calibrated", "not_calibrated", "batch_size"):
+                setattr(self.state, name, checkpoint.facts.get(name, getattr(self.state, name)))
         self.checkpoints = Checkpoints(folder, config, parents, report)
         dtype = pick_dtype(config.model.dtype, self.device)
         require_device(dtype, self.device, report)
@@ -169,6 +170,7 @@ class Run:
         disk.require_free_bytes(folder, max(needed_bytes, 2 * 3 * adapter_bytes))
         if checkpoint is not None:
             self._load(checkpoint)
+        self.state.batch_size = self.batch_size
         self.resumed_from = self.state.step
         self._files: dict[str, disk.AppendedFile] = {}
         self._tracker: Tracker | None = None
@@ -233,7 +235,11 @@ class Run:
         budgets = self._budgets(on_gpu, everything=path is not None or config.devices.parallel == "split")
         batch_size = largest_batch(shape, work, budgets, parallel, each) if asked == "auto" else asked
         if asked == "auto":
-            self.report(Notice(f"batch size: {batch_size} of {each} blocks at once"))
+            # a run that goes on keeps what it began with: other micro-steps round otherwise, and drop out otherwise
+            begun_with = min(self.state.batch_size, each)
+            before = f", {begun_with} before" if begun_with > batch_size else ""
+            batch_size = min(batch_size, begun_with or batch_size)
+            self.report(Notice(f"batch size: {batch_size} of {each} blocks at once{before}"))
             work = replace(work, batch_size=batch_size, accumulates=each > batch_size)
         return batch_size, plan_run(shape, work, budgets, path, parallel)
 
@@ -286,8 +292,15 @@ class Run:
         )
         where = " (from the cache)" if cache is not None and cache.was_found else ""
         if calibration is not None:
-            self.state.calibrated = calibration.recoded > 0
-            _require_alike(self.world.gather([*calibration.kept, *calibration.unmeasured]))
+            _require_alike(self.world.gather(calibration.exceptions))
+            exceptions = artifacts.fingerprint(calibration.exceptions) if calibration.exceptions else ""
+            if goes_on and exceptions != self.state.not_calibrated:
+                raise Mismatch(
+                    f"found {len(calibration.exceptions)} matrices that can't be calibrated, need those that couldn't "
+                    "be when the run began: this is another base",
+                    "go on where as much memory is free as then, or begin anew with --overwrite",
+                )
+            self.state.calibrated, self.state.not_calibrated = calibration.changes, exceptions
             if self.device.type == "cuda":  # what it took is free again, and no part of a step's peak
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()

@@ -549,6 +549,25 @@ def test_auto_is_the_largest_batch_that_fits_and_changes_no_loss(
     assert train("small", "--batch-size", 2, *command[2:]).json["already_done"]  # how it is cut decides nothing
 
 
+@pytest.mark.parametrize("room", [0, 2**40])
+def test_a_run_goes_on_in_the_micro_steps_that_it_began_with(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int
+) -> None:
+    """However much is free by then, as long as it is enough."""
+    command = ("--batch-size", "auto", "--effective-batch-size", 6, "--lora-dropout", 0.3)
+    command += ("--lr-scheduler-type", "constant")
+    monkeypatch.setattr(loop, "free_ram_bytes", lambda: room)
+    train("whole", *command, "--max-steps", 3)
+    train("run", *command, "--max-steps", 2)
+    monkeypatch.setattr(loop, "free_ram_bytes", lambda: 2**40 - room)
+    ran = train("run", *command, "--max-steps", 3, "--extend")
+    if room:
+        assert "batch size: 1 of 6 blocks at once, 6 before" in ran.err
+    else:
+        assert "batch size: 1 of 6 blocks at once\n" in ran.err
+        assert adapter_bytes(tmp_path / "run") == adapter_bytes(tmp_path / "whole")
+
+
 def test_layers_split_over_the_one_device_there_is_give_the_same_adapter(train: Train, tmp_path: Path) -> None:
     train("usual", "--max-steps", 3)
     ran = train("split", "--max-steps", 3, "--parallel", "split")

@@ -209,6 +209,17 @@ def test_a_finished_run_that_fails_to_go_on_is_still_the_unfinished_one(
     assert train("run", *CONSTANT, "--max-steps", 6, "--extend").json["resumed_from"] == 4
 
 
+def test_an_adapter_is_there_until_more_steps_can_begin(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train("run", *CONSTANT, "--max-steps", 4)
+    before = adapter_bytes(tmp_path / "run")
+    monkeypatch.setattr(loop.Run, "_load", lambda *_: (_ for _ in ()).throw(MemoryError))
+    assert train("run", *CONSTANT, "--max-steps", 6, "--extend").code == 9
+    assert adapter_bytes(tmp_path / "run") == before
+    assert train("run", *CONSTANT, "--max-steps", 4).json["already_done"]
+
+
 def test_a_finished_run_without_its_checkpoints_isnt_begun_anew(train: Train, tmp_path: Path) -> None:
     train("run", *CONSTANT, "--max-steps", 4)
     before = adapter_bytes(tmp_path / "run")
