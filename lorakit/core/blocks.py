@@ -11,6 +11,7 @@ Shapes by suffix: B blocks, T tokens of a block.
 """
 
 import bisect
+import copy
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -138,6 +139,15 @@ class Blocks:
         self.size = int(self._common("block size", lambda artifact: artifact.config["block_size"]))
         self.tokenizer = str(self._common("tokenizer", lambda artifact: artifact.parents["tokenizer"]))
         self.template = self._common("template", _template)
+        self._open(part)
+
+    def of(self, part: str) -> "Blocks":
+        """Another part of the same folders, whose files aren't hashed again."""
+        other = copy.copy(self)
+        other._open(part)
+        return other
+
+    def _open(self, part: str) -> None:
         self._shards: list[Mapping[str, Any]] = []
         self._firsts = [0]
         for artifact in self.artifacts:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from lorakit.core import artifacts, blocks
+from lorakit.core import artifacts, blocks, disk
 from lorakit.core.blocks import TEMPLATE, VALIDATION, Batch, Blocks, ShardMaker
 from lorakit.core.config import PrepareConfig
 from lorakit.core.errors import ArtifactDamaged, InputRefused, Mismatch, UsageError
@@ -75,6 +75,25 @@ def test_several_folders_read_one_after_the_other(tmp_path: Path) -> None:
 def test_the_held_out_part_is_a_part_of_its_own(tmp_path: Path) -> None:
     folder = made(tmp_path / "a", 2)
     assert (len(Blocks(folder)), len(Blocks(folder, VALIDATION))) == (2, 1)
+
+
+def test_another_part_of_the_same_folders_isnt_hashed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, original = made(tmp_path / "a", 2), disk.sha256
+    hashed: list[str] = []
+
+    def sha256(path: Path) -> str:
+        hashed.append(path.name)
+        return original(path)
+
+    monkeypatch.setattr(disk, "sha256", sha256)
+    trained = Blocks(folder)
+    held_out = trained.of(VALIDATION)
+    assert sorted(hashed) == sorted(set(hashed))
+    assert "validation-00000.safetensors" in hashed
+    assert (len(trained), len(held_out)) == (2, 1)
+    assert held_out.fingerprint == trained.fingerprint
+    for one, other in zip(held_out.arrays(0), Blocks(folder, VALIDATION).arrays(0), strict=True):
+        assert np.array_equal(one, other)
 
 
 def test_folders_that_dont_belong_together_are_refused(tmp_path: Path) -> None:

@@ -110,7 +110,7 @@ class Run:
     ) -> None:
         self.config, self.folder, self.blocks, self.parents = config, folder, blocks, parents
         self.world, self.report, self.device = world, report, world.device
-        self.held_out = Blocks([artifact.path for artifact in blocks.artifacts], VALIDATION)
+        self.held_out = blocks.of(VALIDATION)
         self.data = data_summary(blocks.artifacts)
         self.prompts = _read_prompts(config.evaluation.sample_prompts)
         self._require_usable()

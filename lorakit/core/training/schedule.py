@@ -1,5 +1,6 @@
 """Which blocks each step sees, and what is random in it: functions of counters alone, so that nothing is replayed."""
 
+import functools
 import hashlib
 import math
 from dataclasses import dataclass
@@ -27,7 +28,8 @@ class Schedule:
     def blocks_of_step(self, step: int) -> list[int]:
         """The blocks of a step, counted from 0: every epoch is a permutation drawn from (seed, epoch)."""
         chosen = range(self._blocks_after(step), self._blocks_after(step + 1))
-        orders = {epoch: self._order(epoch) for epoch in {index // self.num_blocks for index in chosen}}
+        epochs = {index // self.num_blocks for index in chosen}
+        orders = {epoch: _order(self.seed, epoch, self.num_blocks) for epoch in epochs}
         return [int(orders[index // self.num_blocks][index % self.num_blocks]) for index in chosen]
 
     def epoch_after(self, step: int) -> float:
@@ -37,8 +39,11 @@ class Schedule:
     def _blocks_after(self, step: int) -> int:
         return min(self.blocks_done + (step - self.steps_done) * self.blocks_per_step, self.total_blocks)
 
-    def _order(self, epoch: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-        return np.random.Generator(np.random.Philox(key=[self.seed, epoch])).permutation(self.num_blocks)
+
+@functools.lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, num_blocks: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Of an epoch; kept for its other steps, since a million blocks take 20 ms to shuffle."""
+    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(num_blocks)
 
 
 def seed_of(*parts: int) -> int:
