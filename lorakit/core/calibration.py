@@ -20,11 +20,10 @@ from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from torch.nn import ModuleList
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from lorakit.core.errors import NonFinite, is_out_of_memory
 from lorakit.core.fast.storage import FP8, LARGEST, FrozenLinear, exact
-from lorakit.core.quantization import Quantizing, linear_layers, move, quantize_layers, quantized
+from lorakit.core.quantization import Quantizing, linear_layers, move, quantize_layers, quantized, weight_of
 
 CALIBRATION_TOKENS = 4096
 """What is calibrated on, unless one block is longer."""
@@ -188,7 +187,7 @@ class _Through:
         made, errors, recoded = {}, {}, 0
         for name in names:
             linear, whole = self.layer.get_submodule(name), f"{self.name}.{name}"
-            exact_NK = (linear.weight.t() if isinstance(linear, Conv1D) else linear.weight).detach().float()
+            exact_NK = weight_of(linear).float()
             made[name] = quantized(linear, self.how, whole)
             if spread is not None:
                 recoded += _recode(made[name], exact_NK, spread)

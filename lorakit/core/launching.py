@@ -226,13 +226,12 @@ class Watch:
     def _is_failure(self, end: End) -> bool:
         if self._asked is not None:
             # by that signal, or for one whom it ended while they looked for one another
-            codes = {-int(self._asked), *((ExitCode.RANK_FAILED,) if self._ended_by_it() else ())}
-            if end.code in codes:
+            by_it = -int(self._asked)
+            if end.code == by_it or (
+                end.code == ExitCode.RANK_FAILED and any(each.code == by_it for each in self.ends.values())
+            ):
                 return False
         return end.code not in (ExitCode.DONE, ExitCode.STOPPED, ExitCode.INTERRUPTED)
-
-    def _ended_by_it(self) -> bool:
-        return any(self._asked is not None and end.code == -self._asked for end in self.ends.values())
 
     def _end_within(self, seconds: float) -> None:
         self._deadline = min(self._deadline, time.monotonic() + seconds)

@@ -77,12 +77,18 @@ def quantized(layer: Any, how: Quantizing, name: str = "a linear layer") -> torc
     return FrozenLinear(linear, how.kind) if how.by_rows else _by_bitsandbytes(linear, how)
 
 
+def weight_of(layer: Any) -> Tensor:
+    """The matrix of a linear layer, [N, K]: GPT-2's lies the other way round."""
+    weight: Tensor = layer.weight.detach()
+    return weight.t() if isinstance(layer, Conv1D) else weight
+
+
 def _turned(layer: Any) -> torch.nn.Linear:
-    """GPT-2's linear layer, whose weight lies the other way round, as torch's."""
-    inputs, outputs = layer.weight.shape
+    """GPT-2's linear layer as torch's."""
+    weight = weight_of(layer)
     with torch.device("meta"):
-        made = torch.nn.Linear(inputs, outputs)
-    made.weight = torch.nn.Parameter(layer.weight.detach().t().contiguous(), requires_grad=False)
+        made = torch.nn.Linear(*weight.shape[::-1])
+    made.weight = torch.nn.Parameter(weight.contiguous(), requires_grad=False)
     made.bias = torch.nn.Parameter(layer.bias.detach(), requires_grad=False)
     return made
 
@@ -184,7 +190,7 @@ def from_stored(layer: Any, how: Quantizing, tensors: dict[str, Tensor], device:
 
 def _size(layer: Any) -> tuple[int, int]:
     """Outputs and inputs."""
-    outputs, inputs = layer.weight.t().shape if isinstance(layer, Conv1D) else layer.weight.shape
+    outputs, inputs = weight_of(layer).shape
     return outputs, inputs
 
 
