@@ -747,7 +747,8 @@ def _read_prompts(path: Path | None) -> list[list[dict[str, str]]]:
         return []
     hint = 'a line each: plain text, {"prompt": "…"} or {"messages": [{"role": "user", "content": "…"}]}'
     try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        # a line ends with a newline alone: splitlines would cut strings at U+2028, which JSON may hold as it is
+        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
         if not lines:
             raise ValueError("no line at all")
         return [_conversation(parse_json(line.encode()) if line.lstrip().startswith("{") else line) for line in lines]
