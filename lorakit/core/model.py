@@ -31,7 +31,7 @@ from lorakit.core.errors import EnvironmentUnusable, InputRefused, first_line, i
 from lorakit.core.events import Notice, Report
 from lorakit.core.hub import model_folder
 from lorakit.core.offloading import lora_to_devices, offload, offloaded
-from lorakit.core.quantization import Quantizing, move, quantize_layers, say_how
+from lorakit.core.quantization import Quantizing, move, quantize_layers, say_how, stacks, unquantized
 from lorakit.core.quantized_cache import QuantizedCache
 from lorakit.core.shapes import FAMILIES, Module, Shape, is_called, refuse_uncounted, shape_of
 from lorakit.core.tokenization import Codec, load_tokenizer, quiet_libraries, spec_of
@@ -188,12 +188,13 @@ def load_base(
     calibration: Calibration | None = None,
     ready: Callable[[PreTrainedModel], None] = lambda model: None,
     cache: QuantizedCache | None = None,
+    report: Report = lambda event: None,
 ) -> PreTrainedModel:
     """The base model, frozen and in evaluation mode, its linear layers quantized while they are loaded; on `device`, or
     where `device_map` says. Layers that `computed_on` names lie in CPU memory and are computed there. `fast`: for the
     fast engine, which multiplies by 8-bit integers as they are. `sharded`: for FSDP. `calibration`: rounded by what
     goes through it, all on `device`. `ready` is called with the model as it was read, before anything goes through it.
-    `cache`: quantized layers are found there, or kept there.
+    `cache`: quantized layers are found there, or kept there. `report` hears what can't be quantized.
 
     Raises InputRefused where transformers can't build it whole, NonFinite.
     """
@@ -215,6 +216,8 @@ def load_base(
             _place(model, how, places, computed_on or (), quantize_layers if kept is None else kept.put_into)
         if cache is not None and kept is None:
             cache.keep(model, how, device, calibration)
+        if quantize != "none" and (left := unquantized(model)) is not None:
+            report(Notice(left))
         model.config.dtype = dtype
         say_how(model, how)
     model.requires_grad_(False)
@@ -326,7 +329,7 @@ def add_lora(
         inference_mode=False,
     )
     with quiet_libraries():
-        model = get_peft_model(base, config)
+        model = _with_lora(base, config)
     lora_to_devices(model)
     model.peft_config["default"].base_model_name_or_path = base_name
     for name, parameter in trained_parameters(model).items():
@@ -338,6 +341,26 @@ def add_lora(
             drawn = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
             parameter.data.copy_(drawn)
     return _learn_in_fp32(model)
+
+
+def _with_lora(base: PreTrainedModel, config: LoraConfig) -> PeftModel:
+    """By PEFT. Raises InputRefused where it takes names for those that experts had before transformers made stacks of
+    their matrices, and would put LoRA on these."""
+    try:
+        model = get_peft_model(base, config)
+        found = model.peft_config["default"].target_parameters
+    except ValueError as error:
+        if not stacks(base) or "Cannot convert PEFT target" not in str(error):
+            raise
+        found = config.target_modules
+    if found:
+        raise InputRefused(
+            f"target_modules: found names that PEFT takes for experts ({', '.join(sorted(found))}), need linear layers "
+            "alone: LoRA on stacks of matrices can't be merged",
+            "--target-modules q_proj,k_proj,v_proj,o_proj",
+        )
+    assert isinstance(model, PeftModel)
+    return model
 
 
 def continue_lora(base: PreTrainedModel, adapter: Adapter, base_name: str) -> PeftModel:
@@ -495,7 +518,8 @@ def _targets(base: PreTrainedModel, lora: LoraSection) -> dict[str, Any]:
     of_layers: dict[str, Any] = {"layers_to_transform": list(layers)} if layers else {}
     if names == ("all-linear",):
         leaves = sorted({name.rpartition(".")[2] for name in inner})
-        return {"target_modules": leaves if layers else "all-linear", **of_layers}
+        # of experts PEFT's all-linear means bare parameters too, which no other command could use
+        return {"target_modules": leaves if layers or stacks(base) else "all-linear", **of_layers}
     for target in names:
         matched = [name for name in there if is_called(name, target)]
         if not matched:
@@ -544,7 +568,7 @@ def open_model(
             )
         weights = open_weights(folder)
         chosen = _engine(engine, weights, None, number_type, device, quantize, report)
-        base = load_base(weights, number_type, device, quantize, fast=chosen == "fast")
+        base = load_base(weights, number_type, device, quantize, fast=chosen == "fast", report=report)
         return Opened(base, load_tokenizer(folder), None, folder, engine=chosen)
     adapter = open_adapter(folder, report)
     weights = open_weights(base_folder(adapter, base_name))
@@ -558,7 +582,7 @@ def open_model(
     if adapter.is_calibrated and quantize != "none":
         report(Notice(f"the base in {quantize} is rounded to the nearest; the adapter learned over a calibrated one"))
     chosen = _engine(engine, weights, adapter, number_type, device, quantize, report)
-    base = load_base(weights, number_type, device, quantize, fast=chosen == "fast")
+    base = load_base(weights, number_type, device, quantize, fast=chosen == "fast", report=report)
     replaced = _replaced(base, adapter, changes)
     model = wrap(base, adapter)
     modules = {name: model.get_base_model().get_submodule(name.rpartition(".")[0]) for name in replaced}

@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lorakit.core.config import LoraKindSection, LoraSection
 from lorakit.core.errors import InputRefused
@@ -120,6 +121,21 @@ def test_the_head_can_be_named_where_its_weight_is_its_own(given: dict[str, Any]
 def test_what_matches_nothing_is_refused_with_what_there_is(given: dict[str, Any], words: str, wrap: Wrap) -> None:
     with pytest.raises(InputRefused, match=words):
         wrap(**given)
+
+
+def test_lora_is_never_on_stacks_of_experts() -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    attention = {f"{layer}.{side}_proj" for layer in (0, 1) for side in "qkvo"}
+    for family, more in (("mixtral", {}), ("qwen3_moe", {"num_experts": 4, "num_key_value_heads": 2})):
+        config = AutoConfig.for_model(family, vocab_size=96, **sizes, **more)
+        model = add_lora(AutoModelForCausalLM.from_config(config), LoraSection(), 0, "tiny")
+        assert adapted(model) == attention
+        assert not model.peft_config["default"].target_parameters
+    dense = {"num_experts": 4, "num_key_value_heads": 2, "mlp_only_layers": [0]}  # with layers named as experts were
+    for names in (("gate_proj",), ("gate_proj", "up_proj"), ("all-linear",)):
+        base = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3_moe", vocab_size=96, **sizes, **dense))
+        with pytest.raises(InputRefused, match="found names that PEFT takes for experts"):
+            add_lora(base, LoraSection(target_modules=names), 0, "tiny")
 
 
 @pytest.mark.parametrize(("use_rslora", "scale"), [(False, 24 / 6), (True, 24 / math.sqrt(6))])

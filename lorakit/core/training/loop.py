@@ -67,6 +67,7 @@ from lorakit.core.model import (
 )
 from lorakit.core.parallel import World, clip_gradients, put, whole
 from lorakit.core.placement import Budgets, Plan, largest_batch, plan_run, with_attention
+from lorakit.core.quantization import stacks
 from lorakit.core.quantized_cache import QuantizedCache
 from lorakit.core.reporting import data_summary, read_metrics, report_page
 from lorakit.core.tokenization import load_tokenizer, spec_of, tokenizer_files
@@ -283,6 +284,7 @@ class Run:
             calibration=calibration,
             ready=ready,
             cache=cache,
+            report=self.report,
         )
         where = " (from the cache)" if cache is not None and cache.was_found else ""
         if calibration is not None:
@@ -304,6 +306,8 @@ class Run:
             _refuse_other_lora(adapter, config)
             adapters.match(adapter, weights)
             return continue_lora(base, adapter, config.model.model)
+        if stacks(base):
+            self.report(Notice("LoRA is on linear layers: experts, which are stacks of matrices, get none"))
         return add_lora(base, config.lora, config.batch.seed, config.model.model, config.lora_kind, new_tokens)
 
     def _calibration(self, followed: Plan | None, *, goes_on: bool) -> Calibration | None:
