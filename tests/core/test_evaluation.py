@@ -249,6 +249,25 @@ def test_evaluate_puts_the_base_beside_the_adapter(
     assert f"{adapter['loss_change']:+.4f}" in shown.out
 
 
+def test_attention_that_was_trained_whole_keeps_documents_apart_too(
+    cli: Cli, tiny_llama: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    """PEFT's copy of such a module has a config of its own. As train itself and the merged model have the loss."""
+    blocks, run = tmp_path / "held-out", tmp_path / "run"
+    given = ("--tokenizer", tiny_llama, "--block-size", 256, "--validation-split", 0.4, "--output", blocks)
+    assert cli("prepare", rows_file, *given).code == 0
+    (tmp_path / "prompts.txt").write_text("What is 1 plus 2?")
+    trains = ("train", "--model", tiny_llama, "--blocks", blocks, "--output", run, "--learning-rate", 5e-3)
+    saves = ("--modules-to-save", "self_attn", "--max-steps", 4, "--eval-steps", 2)
+    assert cli(*trains, *saves, "--sample-prompts", tmp_path / "prompts.txt").code == 0
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    trained = [line["eval_loss"] for line in lines if "eval_loss" in line][-1]
+    assert cli("merge", run, "--output", tmp_path / "merged").code == 0
+    for model in (run, tmp_path / "merged"):
+        found = cli("evaluate", model, "--blocks", blocks, "--json").json["loss"]
+        assert found == pytest.approx(trained, rel=1e-6)
+
+
 def test_mixtral_is_trained_evaluated_and_merged_and_its_experts_are_said_to_stay_whole(
     cli: Cli, rows_file: Path, tmp_path: Path
 ) -> None:

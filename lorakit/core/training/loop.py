@@ -21,6 +21,7 @@ from lorakit.core import adapters, artifacts, disk, engines
 from lorakit.core.adapters import Adapter
 from lorakit.core.artifacts import Artifact
 from lorakit.core.attention import apply
+from lorakit.core.attention.implementations import set_implementation
 from lorakit.core.blocks import VALIDATION, Batch, Blocks
 from lorakit.core.calibration import CALIBRATION_TOKENS, Calibration
 from lorakit.core.config import CALIBRATED, Engine, SamplingSection, TrainConfig, option_name
@@ -546,7 +547,7 @@ class Run:
         opened = Opened(self.model, self.tokenizer, None)
         sampling = SamplingSection(max_new_tokens=_SAMPLE_TOKENS)
         used = whole_model.config._attn_implementation
-        whole_model.set_attn_implementation("sdpa")
+        set_implementation(whole_model, "sdpa")
         try:
             with self.autocast:
                 return [
@@ -557,7 +558,7 @@ class Run:
                     for messages in self.prompts
                 ]
         finally:
-            whole_model.set_attn_implementation(used)
+            set_implementation(whole_model, used)
 
     # What it leaves
 
