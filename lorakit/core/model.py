@@ -309,21 +309,25 @@ def add_lora(
     Raises InputRefused where a target or a module to save matches nothing, listing what there is.
     """
     kind = kind or LoraKindSection()
+    targets, saved, targeted = _targets(base, lora), set(kind.modules_to_save), _targeted(base, lora)
+    _refuse_unsavable(base, kind.modules_to_save, targeted)
     embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
-    ends = (embedding,) if base.config.tie_word_embeddings else (embedding, head)
-    learned = {name.rpartition(".")[2] for name, module in base.named_modules() if module in ends}
-    rows = {name: list(new_tokens) for name in sorted(learned - set(kind.modules_to_save))} if new_tokens else None
-    tied = bool(base.config.tie_word_embeddings and {"embed_tokens", "lm_head"} & set(kind.modules_to_save))
+    named = {name: module for name, module in base.named_modules() if module in (embedding, head)}
+    whole = saved & {name.rpartition(".")[2] for name in named}
+    tied = bool(base.config.tie_word_embeddings)
+    # of what isn't trained whole, nor has LoRA for all its rows; where they are tied, the embedding stands for both
+    ends = [name for name, module in named.items() if not tied or (module is embedding and not whole)]
+    learned = sorted({name.rpartition(".")[2] for name in ends if name not in targeted} - saved)
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=int(lora.lora_alpha) if lora.lora_alpha.is_integer() else lora.lora_alpha,
         lora_dropout=lora.lora_dropout,
-        **_targets(base, lora),
+        **targets,
         use_rslora=kind.use_rslora,
         use_dora=kind.use_dora,
-        modules_to_save=_saved_modules(base, kind.modules_to_save),
-        trainable_token_indices=rows,
-        ensure_weight_tying=tied,
+        modules_to_save=sorted(saved) or None,
+        trainable_token_indices={name: list(new_tokens) for name in learned} if learned and new_tokens else None,
+        ensure_weight_tying=tied and bool(whole),
         task_type="CAUSAL_LM",
         base_model_name_or_path=base_name,
         inference_mode=False,
@@ -384,22 +388,39 @@ def _learn_in_fp32(model: PeftModel) -> PeftModel:
     return model
 
 
-def _saved_modules(base: PreTrainedModel, names: Sequence[str]) -> list[str] | None:
-    there_are = {name.rpartition(".")[2] for name, _ in base.named_modules()}
+def _refuse_unsavable(base: PreTrainedModel, names: Sequence[str], targeted: Collection[str]) -> None:
+    """Raises InputRefused where a module can't be trained whole beside LoRA on the modules that are `targeted`."""
+    layers = decoder_layers(base)
+    modules: dict[str, list[torch.nn.Module]] = {}
+    for inner, module in base.named_modules():
+        modules.setdefault(inner.rpartition(".")[2], []).append(module)
+
+    def lacks(name: str) -> str | None:
+        inside = [part for module in modules.get(name, ()) for part in module.modules()]
+        if not inside:
+            return "which is no module"
+        if layers in inside:
+            return "which holds the layers that LoRA is for"
+        if not any(True for part in inside for _ in part.parameters()):
+            return "which has no parameters to train"
+        return None
+
     for name in names:
-        if name not in there_are:
+        if (reason := lacks(name)) is not None:
+            usable = ", ".join(part for part in sorted(modules) if not (part.isdigit() or lacks(part)))
             raise InputRefused(
-                f"modules_to_save: found {name!r}, which is no module; need some of "
-                f"{', '.join(sorted(part for part in there_are if part and not part.isdigit()))}",
-                "correct --modules-to-save",
+                f"modules_to_save: found {name!r}, {reason}; need some of {usable}", "correct --modules-to-save"
             )
-        called = (module for inner, module in base.named_modules() if inner.rpartition(".")[2] == name)
-        if any(not parameter.is_floating_point() for module in called for parameter in module.parameters()):
+        if any(not parameter.is_floating_point() for module in modules[name] for parameter in module.parameters()):
             raise InputRefused(
                 f"modules_to_save: found {name!r}, which is quantized and can't be trained whole; need one that isn't",
                 "embed_tokens, lm_head and norms aren't quantized; or --quantize none",
             )
-    return sorted(names) or None
+    if targeted and all(set(names) & set(name.split(".")) for name in targeted):
+        raise InputRefused(
+            f"modules_to_save: found {', '.join(names)}, which hold all that LoRA would be on; need some left for it",
+            "leave one out of --modules-to-save, or name more in --target-modules",
+        )
 
 
 def grow(base: PreTrainedModel, rows: int) -> None:
@@ -538,6 +559,16 @@ def _targets(base: PreTrainedModel, lora: LoraSection) -> dict[str, Any]:
             return {"target_modules": names[0]}
         return {"target_modules": [name for name in there if is_called(name, names[0])]}
     return {"target_modules": sorted(names), **of_layers}
+
+
+def _targeted(base: PreTrainedModel, lora: LoraSection) -> list[str]:
+    """The linear layers that --target-modules and --layers-to-transform mean."""
+    head, layers = base.get_output_embeddings(), lora.layers_to_transform
+    linears = {name: module for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)}
+    there = [name for name in linears if not layers or _layer_of(name) in layers]
+    if lora.target_modules == ("all-linear",):
+        return [name for name in there if linears[name] is not head]
+    return [name for name in there if any(is_called(name, target) for target in lora.target_modules)]
 
 
 def _layer_of(name: str) -> int | None:
