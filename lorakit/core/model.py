@@ -604,12 +604,8 @@ def open_model(
     adapter = open_adapter(folder, report)
     weights = open_weights(base_folder(adapter, base_name))
     changes = match(adapter, weights)
-    if adapter.config.get("use_dora") and quantize in IN_8_BITS:
-        raise InputRefused(
-            f"--quantize {quantize}: found the DoRA adapter {folder}, need a base whose numbers PEFT can read: DoRA's "
-            "lengths are theirs",
-            "--quantize nf4, or leave it out",
-        )
+    if adapter.config.get("use_dora"):
+        require_readable(quantize, f"the DoRA adapter {folder}")
     if adapter.is_calibrated and quantize != "none":
         report(Notice(f"the base in {quantize} is rounded to the nearest; the adapter learned over a calibrated one"))
     chosen = _engine(engine, weights, adapter, number_type, device, quantize, report)
@@ -662,6 +658,15 @@ def wrap(base: PreTrainedModel, adapter: Adapter) -> PeftModel:
             base.resize_token_embeddings(adapter.vocabulary, mean_resizing=False)
         model = PeftModel.from_pretrained(base, str(adapter.folder), local_files_only=True)
     return model.eval()
+
+
+def require_readable(quantize: str, dora: str) -> None:
+    """Raises InputRefused where PEFT can't compute DoRA over a base of this kind."""
+    if quantize in IN_8_BITS:
+        raise InputRefused(
+            f"--quantize {quantize}: found {dora}, need a base whose numbers PEFT can read: DoRA's lengths are theirs",
+            "--quantize nf4, or leave it out",
+        )
 
 
 def require_vocabulary(model: Any, largest_id: int, place: Path) -> None:

@@ -61,6 +61,7 @@ from lorakit.core.model import (
     pick_dtype,
     require_device,
     require_positions,
+    require_readable,
     require_vocabulary,
     shape_for,
     trained_names,
@@ -141,6 +142,14 @@ class Run:
                 f"need those of {config.model.model}",
                 f"`lorakit prepare … --tokenizer {shlex.quote(config.model.model)}`, with the same --add-tokens",
             )
+        self.new_tokens: list[int] = self.tokenizer.convert_tokens_to_ids(list(config.tokens.add_tokens))
+        if config.lora_kind.use_dora:
+            require_readable(config.model.quantize, "--use-dora")
+        if adapter is not None:
+            if adapter.config.get("use_dora"):
+                require_readable(config.model.quantize, f"the DoRA adapter {adapter.folder}")
+            _refuse_other_lora(adapter, config)
+            _refuse_untrained_tokens(adapter, weights, config, self.new_tokens)
         begun_on = self.state.engine if checkpoint is not None else None
         self.state.engine = _engine(config, weights.config, adapter, begun_with, self.device, begun_on, report)
         if config.model.cache_quantized and config.model.quantize == "int8" and self.state.engine == "standard":
@@ -258,11 +267,10 @@ class Run:
         config, world = self.config, self.world
         followed = self.plan if config.devices.plan is not None or config.devices.parallel == "split" else None
         calibration = self._calibration(followed, goes_on=goes_on)
-        new_tokens = self.tokenizer.convert_tokens_to_ids(list(config.tokens.add_tokens))
 
         def ready(base: PreTrainedModel) -> None:
             rows = base.get_input_embeddings().weight.shape[0]
-            grow(base, max((token + 1 for token in new_tokens), default=0))
+            grow(base, max((token + 1 for token in self.new_tokens), default=0))
             if adapter is not None:
                 grow(base, adapter.vocabulary or 0)
             self.is_longer = base.get_input_embeddings().weight.shape[0] > rows
@@ -304,12 +312,10 @@ class Run:
             self.plan = with_attention(self.plan, attention_kind(self.state.attention, on_gpu=on_gpu))
             _say_what_wont_fit(self.plan, self.report)
         if adapter is not None:
-            _refuse_other_lora(adapter, config)
-            adapters.match(adapter, weights)
             return continue_lora(base, adapter, config.model.model)
         if stacks(base):
             self.report(Notice("LoRA is on linear layers: experts, which are stacks of matrices, get none"))
-        return add_lora(base, config.lora, config.batch.seed, config.model.model, config.lora_kind, new_tokens)
+        return add_lora(base, config.lora, config.batch.seed, config.model.model, config.lora_kind, self.new_tokens)
 
     def _calibration(self, followed: Plan | None, *, goes_on: bool) -> Calibration | None:
         """What a quantized base is rounded by, and measured on: the first of the blocks. None where it doesn't lie on
@@ -743,6 +749,18 @@ def _refuse_other_lora(adapter: Adapter, config: TrainConfig) -> None:
     if changed:
         raise UsageError(
             f"found {', '.join(changed)} beside --adapter, need them as {adapter.folder} has them", "leave them out"
+        )
+
+
+def _refuse_untrained_tokens(adapter: Adapter, weights: Weights, config: TrainConfig, new_tokens: list[int]) -> None:
+    """Raises UsageError where an adapter would learn nothing of --add-tokens, Mismatch where it isn't the base's."""
+    ids = adapters.unlearned(adapters.match(adapter, weights), weights, new_tokens)
+    names = [name for name, token in zip(config.tokens.add_tokens, new_tokens, strict=True) if token in ids]
+    if names:
+        raise UsageError(
+            f"--add-tokens: found {', '.join(names)}, which {adapter.folder} has no rows for and wouldn't learn; need "
+            "tokens that it was made with",
+            "begin without --adapter; or `lorakit merge` it, and give the merged model as --model",
         )
 
 
