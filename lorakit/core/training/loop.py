@@ -37,6 +37,7 @@ from lorakit.core.errors import (
     RankFailed,
     Stopped,
     UsageError,
+    base_gives_no_numbers,
     differences,
     first_line,
     is_out_of_memory,
@@ -444,7 +445,11 @@ class Run:
                 break
             if not (self.scaled and math.isfinite(total) and scale > _SMALLEST_LOSS_SCALE):
                 place = f"blocks {', '.join(map(str, indices[:8]))}{' …' if len(indices) > 8 else ''}"
-                raise self._not_finite(f"loss {total} and gradient norm {norm} ({place})", state.step + 1)
+                raise self._not_finite(
+                    f"loss {total} and gradient norm {norm} ({place})",
+                    state.step + 1,
+                    of_base=state.step == 0 and not math.isfinite(total),
+                )
             state.loss_scale, state.loss_scale_age = scale / 2, 0  # fp16 overflowed: the same step with a smaller scale
         if self.scaled:
             self.optimizer.step()
@@ -489,9 +494,12 @@ class Run:
             (loss * (share * world.mean_over)).backward()
         return losses
 
-    def _not_finite(self, found: str, step: int | None = None) -> LorakitError:
+    def _not_finite(self, found: str, step: int | None = None, *, of_base: bool = False) -> LorakitError:
+        place = f"step {self.state.step if step is None else step}: found {found}"
+        if of_base and self.config.lora_kind.adapter is None:  # LoRA begins as nothing at all
+            return _shared(base_gives_no_numbers(place, self.state.dtype))
         error = NonFinite(
-            f"step {self.state.step if step is None else step}: found {found}, need numbers",
+            f"{place}, need numbers",
             f"lower --learning-rate, or try --dtype fp32; nothing after step {self.checkpoints.last_saved()} was kept",
         )
         return _shared(error)
@@ -526,7 +534,7 @@ class Run:
         finally:
             self.model.train()
         if not math.isfinite(loss):
-            raise self._not_finite(f"a held-out loss of {loss}")
+            raise self._not_finite(f"a held-out loss of {loss}", of_base=state.step == 0)
         line = {"step": state.step, "eval_loss": loss, "eval_perplexity": perplexity(loss), "eval_tokens": tokens}
         self._append(METRICS, line)
         for one in answers:
