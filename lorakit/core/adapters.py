@@ -285,6 +285,19 @@ def match(adapter: Adapter, base: Weights) -> list[Change]:
     return [change for change in found if not isinstance(change, str)]
 
 
+def unlearned(changes: Sequence[Change], base: Weights, tokens: Sequence[int]) -> list[int]:
+    """The tokens for which nothing is learned when an adapter that does these changes is trained further: their rows
+    aren't among its own, and it has neither LoRA on embedding and head nor trains them whole."""
+    ends = [{base.embedding, HEAD}] if base.is_tied else [{base.embedding}, {HEAD}]
+    own = {row for change in changes if isinstance(change, TokenRows) for row in change.rows}
+    of_all = {
+        change.target
+        for change in changes
+        if isinstance(change, LoraPair) or (isinstance(change, Replacement) and not change.shared)
+    }
+    return [token for token in tokens if token not in own and not all(end & of_all for end in ends)]
+
+
 def _replacement(adapter: Adapter, base: Weights, name: str, whole: Mapping[str, TensorPlace]) -> Change | str:
     """A tensor that the adapter brings whole, or what is wrong with it."""
     target, shape = _whole_name(name), adapter.tensors[name].shape

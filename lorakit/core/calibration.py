@@ -11,6 +11,7 @@ Shapes by suffix: N outputs, K inputs, T tokens, G scales of a row.
 
 import functools
 import importlib.util
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from torch.nn import ModuleList
 from transformers import PreTrainedModel
 
-from lorakit.core.errors import NonFinite, is_out_of_memory
+from lorakit.core.errors import NonFinite, base_gives_no_numbers, is_out_of_memory
 from lorakit.core.fast.storage import FP8, LARGEST, FrozenLinear, exact
 from lorakit.core.quantization import Quantizing, linear_layers, move, quantize_layers, quantized, weight_of
 
@@ -127,6 +128,9 @@ def calibrate(
     finally:
         for hook in hooks:
             hook.remove()
+    if not math.isfinite(loss := calibration.exact_loss):
+        dtype = "fp16" if how.dtype is torch.float16 else str(how.dtype)
+        raise base_gives_no_numbers(f"calibration: found a loss of {loss} on the first blocks", dtype)
     calibration.quantized_loss = calibration.loss_of(model)
 
 

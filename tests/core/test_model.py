@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lorakit.core.config import LoraKindSection, LoraSection
 from lorakit.core.errors import InputRefused
@@ -115,11 +116,32 @@ def test_the_head_can_be_named_where_its_weight_is_its_own(given: dict[str, Any]
         ({"layers_to_transform": (1,), "target_modules": ("q_proj", "lm_head")}, "'lm_head', which matches no linear"),
         ({"layers_to_transform": (0, 2)}, "layers_to_transform: found 2, need layers 0 to 1"),
         ({"modules_to_save": ("head",)}, "modules_to_save: found 'head', which is no module; need some of .*lm_head"),
+        ({"modules_to_save": ("act_fn",)}, "'act_fn', which has no parameters to train; need some of (?!act_fn).*norm"),
+        ({"modules_to_save": ("norm", "rotary_emb")}, "found 'rotary_emb', which has no parameters"),
+        ({"modules_to_save": ("layers",)}, "'layers', which holds the layers that LoRA is for; need some of down_proj"),
+        ({"modules_to_save": ("model",)}, "found 'model', which holds the layers"),
+        ({"modules_to_save": ("self_attn", "mlp")}, "found self_attn, mlp, which hold all that LoRA would be on"),
+        ({"modules_to_save": ("self_attn",), "target_modules": "q_proj"}, "which hold all that LoRA would be on"),
     ],
 )
 def test_what_matches_nothing_is_refused_with_what_there_is(given: dict[str, Any], words: str, wrap: Wrap) -> None:
     with pytest.raises(InputRefused, match=words):
         wrap(**given)
+
+
+def test_lora_is_never_on_stacks_of_experts() -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    attention = {f"{layer}.{side}_proj" for layer in (0, 1) for side in "qkvo"}
+    for family, more in (("mixtral", {}), ("qwen3_moe", {"num_experts": 4, "num_key_value_heads": 2})):
+        config = AutoConfig.for_model(family, vocab_size=96, **sizes, **more)
+        model = add_lora(AutoModelForCausalLM.from_config(config), LoraSection(), 0, "tiny")
+        assert adapted(model) == attention
+        assert not model.peft_config["default"].target_parameters
+    dense = {"num_experts": 4, "num_key_value_heads": 2, "mlp_only_layers": [0]}  # with layers named as experts were
+    for names in (("gate_proj",), ("gate_proj", "up_proj"), ("all-linear",)):
+        base = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3_moe", vocab_size=96, **sizes, **dense))
+        with pytest.raises(InputRefused, match="found names that PEFT takes for experts"):
+            add_lora(base, LoraSection(target_modules=names), 0, "tiny")
 
 
 @pytest.mark.parametrize(("use_rslora", "scale"), [(False, 24 / 6), (True, 24 / math.sqrt(6))])
@@ -233,6 +255,43 @@ def test_of_new_tokens_their_own_rows_are_learned(tied: bool, wrap: Wrap, tied_l
     ids = torch.tensor([[5, 300, 7, 301]])
     model(input_ids=ids, labels=ids).loss.backward()
     assert all(tensor.grad is not None and bool(tensor.grad.any()) for tensor in rows.values())
+
+
+@pytest.mark.parametrize(
+    ("tied", "given", "left"),
+    [
+        (False, {"target_modules": ("q_proj", "lm_head")}, ["embed_tokens"]),  # LoRA learns all rows of the head
+        (False, {"modules_to_save": ("lm_head",)}, ["embed_tokens"]),
+        (False, {"modules_to_save": ("lm_head", "embed_tokens")}, []),
+        (True, {"modules_to_save": ("norm",)}, ["embed_tokens"]),
+        (True, {"modules_to_save": ("lm_head",)}, []),
+        (True, {"modules_to_save": ("embed_tokens",)}, []),
+    ],
+    ids=str,
+)
+def test_new_tokens_are_learned_by_what_trains_their_rows_anyway(
+    tied: bool, given: dict[str, Any], left: list[str], wrap: Wrap, tied_llama: Path, tiny_llama: Path
+) -> None:
+    """Each of embedding and head by its rows, whole, or by LoRA; what is given for the tokens changes after a step."""
+    model = wrap(tied_llama if tied else tiny_llama, new_tokens=(300,), **given)
+    rows = {name for name, _ in model.named_parameters() if "trainable_tokens_delta" in name}
+    assert {part for name in rows for part in name.split(".") if part in ("embed_tokens", "lm_head")} == {*left}
+    ids, base = torch.tensor([[300, 300, 300]]), model.get_base_model()
+
+    def ends() -> list[Any]:
+        with torch.no_grad():
+            hidden = torch.ones(1, 64)
+            return [
+                base.get_input_embeddings()(ids[0, :1]).clone(),
+                base.get_output_embeddings()(hidden)[0, 300].clone(),
+            ]
+
+    before = ends()
+    optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1.0)
+    for _ in range(2):  # the first step moves no A of LoRA
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    assert not any(torch.equal(old, new) for old, new in zip(before, ends(), strict=True))
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from lorakit.core import quantization
 from lorakit.core.errors import NonFinite
 from lorakit.core.fast.storage import FrozenLinear, exact
-from lorakit.core.quantization import Quantizing, quantize_layers, quantized
+from lorakit.core.quantization import Quantizing, quantize_layers, quantized, unquantized
 from tests.live import LiveBytes
 
 CPU = torch.device("cpu")
@@ -44,6 +44,18 @@ def test_what_is_made_is_no_larger_than_its_codes_and_scales() -> None:
     numbers = 4 * 64 * 64 + 3 * 64 * 128
     rows = sum(module.out_features for module in model.modules() if isinstance(module, FrozenLinear))
     assert live.live <= numbers + 4 * rows + 8192
+
+
+def test_what_isnt_quantized_of_experts_is_said_with_its_bytes() -> None:
+    """Two layers of 8 experts, each of three matrices of 64 by 128 in 16 bits."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "vocab_size": 96}
+    config = AutoConfig.for_model("mixtral", num_hidden_layers=2, num_local_experts=8, **sizes)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    quantize_layers(model, "", Quantizing("nf4", torch.bfloat16), CPU)
+    said = unquantized(model)
+    assert said is not None
+    assert f"{2 * 8 * 3 * 64 * 128 * 2 / 2**20:.1f} MiB of the base stay in bfloat16" in said
+    assert unquantized(llama(1)) is None
 
 
 @pytest.mark.parametrize("kind", ["fp8", "nf4", "int8"])

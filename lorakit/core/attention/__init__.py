@@ -26,6 +26,7 @@ from lorakit.core.attention.implementations import (
     guard,
     lacking,
     register,
+    set_implementation,
     shape_of,
 )
 from lorakit.core.attention.proving import Proof, Row, best, prove
@@ -204,7 +205,7 @@ def apply(model: Any, implementation: str = "auto", report: Report = _nothing) -
     """
     parameter = next(model.parameters())
     name = resolve(implementation, model.config, parameter.dtype, parameter.device, report)
-    model.set_attn_implementation(name)
+    set_implementation(model, name)
     guard(model)
     return name
 

@@ -294,6 +294,16 @@ def documents_in(position_ids: Tensor | None, rows: int, length: int) -> tuple[T
     return found
 
 
+def set_implementation(model: Any, name: str) -> None:
+    """Give every attention layer of a loaded model an implementation, and its backbone the mask for it. A module that
+    PEFT trains whole is a copy with a config of its own, which transformers doesn't know of."""
+    model.set_attn_implementation(name)
+    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    for config in configs.values():
+        if type(config) is type(model.config.get_text_config()):
+            config._attn_implementation = name
+
+
 def guard(model: Any) -> None:
     """Have a loaded model's backbone look at every batch with packed positions; doing it twice changes nothing."""
     whole = model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -19,6 +19,8 @@ from lorakit.core.tokenization import quiet_libraries
 _VOCABULARY = 199
 _DOCUMENTS = (9, 1, 14)
 _NEW_TOKENS = 8
+_CHANGES = (7, 14, 21, 28)
+"""What is added to ids, for other tokens in their place."""
 
 
 def miniature(config: Any, shape: Shape, implementation: str, device: torch.device) -> Any:
@@ -57,14 +59,27 @@ def answers_alike_with_a_cache(model: Any) -> bool:
 
 
 def leak(model: Any, **more: Tensor) -> float:
-    """How much the logits of packed documents change with what stands in the first; 0.0 where they are apart."""
+    """How much the logits of packed documents change with what stands in the first: not at all where they are apart,
+    but for rounding."""
+    first = _DOCUMENTS[0]
+    return _change(model, slice(first), slice(first, None), _CHANGES[0], **more)
+
+
+def rounding(model: Any) -> float:
+    """How much the logits of packed documents change with what stands in the last, which no causal model sees before
+    it. Not at all in most: the same sizes are rounded alike. But experts multiply as many tokens as come to them."""
+    last = _DOCUMENTS[-1]
+    return max(_change(model, slice(-last, None), slice(-last), by) for by in _CHANGES)
+
+
+def _change(model: Any, changed: slice, seen: slice, by: int, **more: Tensor) -> float:
+    """The largest change of the logits at some positions when other tokens stand at others."""
     ids_BT, positions_BT = _packed(model)
     other_BT = ids_BT.clone()
-    first = _DOCUMENTS[0]
-    other_BT[:, :first] = (other_BT[:, :first] + 7) % _VOCABULARY
+    other_BT[:, changed] = (other_BT[:, changed] + by) % _VOCABULARY
     with torch.no_grad():
         logits = [model(input_ids=ids, position_ids=positions_BT, **more).logits for ids in (ids_BT, other_BT)]
-    return float((logits[0] - logits[1])[:, first:].abs().max())
+    return float((logits[0] - logits[1])[:, seen].abs().max())
 
 
 def leak_by_mask(model: Any) -> tuple[float, bool]:

@@ -21,6 +21,7 @@ from lorakit.core import adapters, artifacts, disk, engines
 from lorakit.core.adapters import Adapter
 from lorakit.core.artifacts import Artifact
 from lorakit.core.attention import apply
+from lorakit.core.attention.implementations import set_implementation
 from lorakit.core.blocks import VALIDATION, Batch, Blocks
 from lorakit.core.calibration import CALIBRATION_TOKENS, Calibration
 from lorakit.core.config import CALIBRATED, Engine, SamplingSection, TrainConfig, option_name
@@ -36,6 +37,7 @@ from lorakit.core.errors import (
     RankFailed,
     Stopped,
     UsageError,
+    base_gives_no_numbers,
     differences,
     first_line,
     is_out_of_memory,
@@ -60,6 +62,7 @@ from lorakit.core.model import (
     pick_dtype,
     require_device,
     require_positions,
+    require_readable,
     require_vocabulary,
     shape_for,
     trained_names,
@@ -67,6 +70,7 @@ from lorakit.core.model import (
 )
 from lorakit.core.parallel import World, clip_gradients, put, whole
 from lorakit.core.placement import Budgets, Plan, largest_batch, plan_run, with_attention
+from lorakit.core.quantization import stacks
 from lorakit.core.quantized_cache import QuantizedCache
 from lorakit.core.reporting import data_summary, read_metrics, report_page
 from lorakit.core.tokenization import load_tokenizer, spec_of, tokenizer_files
@@ -140,6 +144,14 @@ class Run:
                 f"need those of {config.model.model}",
                 f"`lorakit prepare … --tokenizer {shlex.quote(config.model.model)}`, with the same --add-tokens",
             )
+        self.new_tokens: list[int] = self.tokenizer.convert_tokens_to_ids(list(config.tokens.add_tokens))
+        if config.lora_kind.use_dora:
+            require_readable(config.model.quantize, "--use-dora")
+        if adapter is not None:
+            if adapter.config.get("use_dora"):
+                require_readable(config.model.quantize, f"the DoRA adapter {adapter.folder}")
+            _refuse_other_lora(adapter, config)
+            _refuse_untrained_tokens(adapter, weights, config, self.new_tokens)
         begun_on = self.state.engine if checkpoint is not None else None
         self.state.engine = _engine(config, weights.config, adapter, begun_with, self.device, begun_on, report)
         if config.model.cache_quantized and config.model.quantize == "int8" and self.state.engine == "standard":
@@ -262,11 +274,10 @@ class Run:
         config, world = self.config, self.world
         followed = self.plan if config.devices.plan is not None or config.devices.parallel == "split" else None
         calibration = self._calibration(followed, goes_on=goes_on)
-        new_tokens = self.tokenizer.convert_tokens_to_ids(list(config.tokens.add_tokens))
 
         def ready(base: PreTrainedModel) -> None:
             rows = base.get_input_embeddings().weight.shape[0]
-            grow(base, max((token + 1 for token in new_tokens), default=0))
+            grow(base, max((token + 1 for token in self.new_tokens), default=0))
             if adapter is not None:
                 grow(base, adapter.vocabulary or 0)
             self.is_longer = base.get_input_embeddings().weight.shape[0] > rows
@@ -289,6 +300,7 @@ class Run:
             calibration=calibration,
             ready=ready,
             cache=cache,
+            report=self.report,
         )
         where = " (from the cache)" if cache is not None and cache.was_found else ""
         if calibration is not None:
@@ -314,10 +326,10 @@ class Run:
             self.plan = with_attention(self.plan, attention_kind(self.state.attention, on_gpu=on_gpu))
             _say_what_wont_fit(self.plan, self.report)
         if adapter is not None:
-            _refuse_other_lora(adapter, config)
-            adapters.match(adapter, weights)
             return continue_lora(base, adapter, config.model.model)
-        return add_lora(base, config.lora, config.batch.seed, config.model.model, config.lora_kind, new_tokens)
+        if stacks(base):
+            self.report(Notice("LoRA is on linear layers: experts, which are stacks of matrices, get none"))
+        return add_lora(base, config.lora, config.batch.seed, config.model.model, config.lora_kind, self.new_tokens)
 
     def _calibration(self, followed: Plan | None, *, goes_on: bool) -> Calibration | None:
         """What a quantized base is rounded by, and measured on: the first of the blocks. None where it doesn't lie on
@@ -446,7 +458,11 @@ class Run:
                 break
             if not (self.scaled and math.isfinite(total) and scale > _SMALLEST_LOSS_SCALE):
                 place = f"blocks {', '.join(map(str, indices[:8]))}{' …' if len(indices) > 8 else ''}"
-                raise self._not_finite(f"loss {total} and gradient norm {norm} ({place})", state.step + 1)
+                raise self._not_finite(
+                    f"loss {total} and gradient norm {norm} ({place})",
+                    state.step + 1,
+                    of_base=state.step == 0 and not math.isfinite(total),
+                )
             state.loss_scale, state.loss_scale_age = scale / 2, 0  # fp16 overflowed: the same step with a smaller scale
         if self.scaled:
             self.optimizer.step()
@@ -491,9 +507,12 @@ class Run:
             (loss * (share * world.mean_over)).backward()
         return losses
 
-    def _not_finite(self, found: str, step: int | None = None) -> LorakitError:
+    def _not_finite(self, found: str, step: int | None = None, *, of_base: bool = False) -> LorakitError:
+        place = f"step {self.state.step if step is None else step}: found {found}"
+        if of_base and self.config.lora_kind.adapter is None:  # LoRA begins as nothing at all
+            return _shared(base_gives_no_numbers(place, self.state.dtype))
         error = NonFinite(
-            f"step {self.state.step if step is None else step}: found {found}, need numbers",
+            f"{place}, need numbers",
             f"lower --learning-rate, or try --dtype fp32; nothing after step {self.checkpoints.last_saved()} was kept",
         )
         return _shared(error)
@@ -528,7 +547,7 @@ class Run:
         finally:
             self.model.train()
         if not math.isfinite(loss):
-            raise self._not_finite(f"a held-out loss of {loss}")
+            raise self._not_finite(f"a held-out loss of {loss}", of_base=state.step == 0)
         line = {"step": state.step, "eval_loss": loss, "eval_perplexity": perplexity(loss), "eval_tokens": tokens}
         self._append(METRICS, line)
         for one in answers:
@@ -555,7 +574,7 @@ class Run:
         opened = Opened(self.model, self.tokenizer, None)
         sampling = SamplingSection(max_new_tokens=_SAMPLE_TOKENS)
         used = whole_model.config._attn_implementation
-        whole_model.set_attn_implementation("sdpa")
+        set_implementation(whole_model, "sdpa")
         try:
             with self.autocast:
                 return [
@@ -566,7 +585,7 @@ class Run:
                     for messages in self.prompts
                 ]
         finally:
-            whole_model.set_attn_implementation(used)
+            set_implementation(whole_model, used)
 
     # What it leaves
 
@@ -754,13 +773,26 @@ def _refuse_other_lora(adapter: Adapter, config: TrainConfig) -> None:
         )
 
 
+def _refuse_untrained_tokens(adapter: Adapter, weights: Weights, config: TrainConfig, new_tokens: list[int]) -> None:
+    """Raises UsageError where an adapter would learn nothing of --add-tokens, Mismatch where it isn't the base's."""
+    ids = adapters.unlearned(adapters.match(adapter, weights), weights, new_tokens)
+    names = [name for name, token in zip(config.tokens.add_tokens, new_tokens, strict=True) if token in ids]
+    if names:
+        raise UsageError(
+            f"--add-tokens: found {', '.join(names)}, which {adapter.folder} has no rows for and wouldn't learn; need "
+            "tokens that it was made with",
+            "begin without --adapter; or `lorakit merge` it, and give the merged model as --model",
+        )
+
+
 def _read_prompts(path: Path | None) -> list[list[dict[str, str]]]:
     """Conversations to be answered: a line each, of text, or JSON with `prompt` or `messages`. Raises InputRefused."""
     if path is None:
         return []
     hint = 'a line each: plain text, {"prompt": "…"} or {"messages": [{"role": "user", "content": "…"}]}'
     try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        # a line ends with a newline alone: splitlines would cut strings at U+2028, which JSON may hold as it is
+        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
         if not lines:
             raise ValueError("no line at all")
         return [_conversation(parse_json(line.encode()) if line.lstrip().startswith("{") else line) for line in lines]

@@ -283,6 +283,29 @@ def test_what_mixes_documents_besides_attention_is_found() -> None:
     assert not any(whole(name, "packed", config).ok for name in HERE)
 
 
+SMALL = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 99}
+EXPERTS = [
+    transformers.MixtralConfig(**SMALL, num_attention_heads=32, num_key_value_heads=8, num_local_experts=8),
+    transformers.Qwen3MoeConfig(**SMALL, num_attention_heads=4, num_key_value_heads=2, num_experts=16),
+]
+
+
+@pytest.mark.parametrize("config", EXPERTS, ids=lambda config: config.model_type)
+def test_experts_that_round_by_the_number_of_tokens_are_no_leak(config: Any) -> None:
+    """A little of the first token in what attention gives to all after it is one."""
+
+    def leaking(module: Any, query: Any, key: Any, value: Any, mask: Any, **more: Any) -> Any:
+        output, weights = sdpa_attention_forward(module, query, key, value, mask, scaling=more["scaling"])
+        return output + 1e-3 * value[:, :, 0].mean(), weights
+
+    rows = [whole(name, "packed", config) for name in HERE]
+    assert [row.reason for row in rows] == ["", "", ""]
+    assert any(0 < row.max_difference < 1e-5 for row in rows)  # what an exact comparison would take for a leak
+    with replaced(AttentionInterface, "sdpa", leaking):
+        row = whole("sdpa", "packed", config)
+    assert (row.ok, "documents change those after them" in row.reason) == (False, True)
+
+
 # The old recipe
 
 

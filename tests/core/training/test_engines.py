@@ -222,10 +222,16 @@ def test_more_positions_than_a_model_has_are_refused(train: Train, cli: Callable
 
 @pytest.mark.parametrize("quantize", ["fp8", "int8"])
 def test_lengths_of_dora_arent_those_of_codes(
-    quantize: str, train: Train, cli: Callable[..., Ran], tmp_path: Path
+    quantize: str, train: Train, cli: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert train("dora", "--use-dora", "--max-steps", 1).code == 0
     ran = cli("chat", tmp_path / "dora", "--quantize", quantize, "--prompt", "x")
     assert ran.code == 3
     assert f"error: --quantize {quantize}: found the DoRA adapter" in ran.err
     assert "hint: --quantize nf4, or leave it out" in ran.err
+    monkeypatch.setattr(loop, "load_base", lambda *_, **__: pytest.fail("the base is loaded"))
+    for dora in (("--use-dora",), ("--adapter", tmp_path / "dora")):
+        ran = train("run", "--max-steps", 1, "--quantize", quantize, *dora)
+        assert ran.code == 3
+        found = "--use-dora" if dora[0] == "--use-dora" else f"the DoRA adapter {tmp_path / 'dora'}"
+        assert f"error: --quantize {quantize}: found {found}, need a base" in ran.err

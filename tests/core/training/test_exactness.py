@@ -215,14 +215,33 @@ def test_there_are_twenty_places() -> None:
     assert len(POISONS) == 20
 
 
-def test_a_base_with_nan_in_it_is_never_trained(train: Train, held_out: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("part", "options", "found"),
+    [
+        ("model.layers.1.mlp.up_proj", (), "step 1: found loss nan"),
+        ("lm_head", (), "step 1: found loss nan"),
+        ("model.norm", ("--eval-steps", 1), "step 0: found a held-out loss of nan"),
+        ("model.norm", ("--quantize", "nf4"), "calibration: found a loss of nan on the first blocks"),
+        ("lm_head", ("--quantize", "nf4", "--no-calibrate"), "calibration: found a loss of nan on the first blocks"),
+        ("lm_head", ("--dtype", "fp16"), "step 1: found loss nan"),
+    ],
+    ids=str,
+)
+def test_a_base_with_nan_in_it_is_never_trained_and_named_as_what_is_wrong(
+    part: str, options: tuple[object, ...], found: str, train: Train, held_out: Path, tmp_path: Path
+) -> None:
     model = make_llama(tmp_path / "model")
     tensors = safetensors.torch.load((model / "model.safetensors").read_bytes())
-    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = math.nan
+    tensors[f"{part}.weight"].view(-1)[0] = math.nan
     (model / "model.safetensors").write_bytes(safetensors.torch.save(tensors, metadata={"format": "pt"}))
-    ran = train("run", "--max-steps", 2, model=model, data=held_out)
+    ran = train("run", "--max-steps", 2, *options, model=model, data=held_out)
     assert ran.code == 8
-    assert "step 1: found loss nan" in ran.err
+    assert f"error: {found}" in ran.err
+    assert "before anything was learned, need numbers from the base" in ran.err
+    hint = ran.err[ran.err.index("hint: ") :]
+    assert "check the files of the model" in hint
+    assert "--learning-rate" not in hint
+    assert ("--dtype bf16 or fp32" in hint) is ("fp16" in options)
     assert not list((tmp_path / "run").rglob("*.safetensors"))
 
 

@@ -770,6 +770,15 @@ def test_prompts_are_answered_at_each_evaluation(
     assert "samples.jsonl" in open_artifact(tmp_path / "run", "adapter").manifest["files"]
 
 
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_a_prompt_ends_at_a_newline_and_nowhere_else(newline: str, tmp_path: Path) -> None:
+    asked = ["a\u2028b", "c\u0085d\x0ce", "plain\u2029text"]
+    prompts = tmp_path / "prompts.jsonl"
+    rows = [*(json.dumps({"prompt": text}, ensure_ascii=False) for text in asked[:2]), asked[2]]
+    prompts.write_bytes((newline.join(rows) + newline).encode())
+    assert [message["content"] for [message] in loop._read_prompts(prompts)] == asked
+
+
 @pytest.mark.parametrize("content", [None, '{"question": "x"}', "{broken", '{"messages": []}', '{"prompt": 3}'])
 def test_a_file_of_no_prompts_is_refused(content: str | None, train: Train, held_out: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.jsonl"

@@ -299,6 +299,43 @@ def test_what_an_adapter_says_itself_isnt_said_beside_it(
     assert "beside --adapter" in ran.err
 
 
+@pytest.mark.parametrize(
+    ("first", "added", "code"),
+    [
+        ((), "<new>", 2),
+        (("--modules-to-save", "lm_head"), "<new>", 2),  # its embedding would stay as it began
+        (("--add-tokens", "<new>"), "<new>,<more>", 2),
+        (("--add-tokens", "<new>"), "<new>", 0),
+        (("--modules-to-save", "embed_tokens,lm_head"), "<new>", 0),
+    ],
+    ids=str,
+)
+def test_new_tokens_that_an_adapter_wouldnt_learn_are_refused_before_the_base_is_loaded(
+    first: tuple[str, ...],
+    added: str,
+    code: int,
+    train: Train,
+    cli: Any,
+    rows_file: Path,
+    tiny_llama: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for tokens in {added, "<new>"}:
+        given = ("--tokenizer", tiny_llama, "--block-size", 128, "--add-tokens", tokens)
+        assert cli("prepare", rows_file, *given, "--output", tmp_path / tokens).code == 0
+    data = {"data": tmp_path / "<new>"} if "--add-tokens" in first else {}
+    assert train("first", "--max-steps", 1, *first, **data).code == 0
+    if code:
+        monkeypatch.setattr(loop, "load_base", lambda *_, **__: pytest.fail("the base is loaded"))
+    beside = ("--adapter", tmp_path / "first", "--add-tokens", added)
+    ran = train("second", "--max-steps", 1, *beside, data=tmp_path / added)
+    assert ran.code == code, ran.err
+    if code:
+        lacking = added.split(",")[-1]
+        assert f"error: --add-tokens: found {lacking}, which {tmp_path / 'first'} has no rows for" in ran.err
+
+
 def test_an_adapter_that_isnt_there_or_is_for_another_base_is_refused(train: Train, tmp_path: Path) -> None:
     assert train("run", "--max-steps", 1, "--adapter", tmp_path / "nothing").code == 3
     other = make_llama(tmp_path / "other", seed=1)
