@@ -53,6 +53,9 @@ from lorakit.core.tokenization import Codec, Document, TokenizerSpec, load_spec
 
 REJECTED = "rejected.jsonl"
 
+_RENDERING = 2
+"""Counted up where the same rows become other documents than before, so that earlier blocks aren't taken for theirs."""
+
 _WORTH_A_WORKER_BYTES = 2 * 2**20
 _CHUNKS_AHEAD = 3  # for each worker
 _LONGEST_REJECTED = 2**20
@@ -165,7 +168,7 @@ def prepare(config: PrepareConfig, report: Report) -> Prepared:
     if _workers(config, dataset) > 1:
         _start_server()
     parents = {"dataset": dataset.fingerprint(), "tokenizer": spec.fingerprint}
-    parents["template"] = artifacts.fingerprint(_given_template(config.packing.template))
+    parents["template"] = artifacts.fingerprint([_RENDERING, *_given_template(config.packing.template)])
     if validation is not None:
         parents["validation dataset"] = validation.fingerprint()
     key = artifacts.fingerprint([artifacts.FORMAT, config.identity(), parents])[:16]

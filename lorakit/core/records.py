@@ -446,22 +446,38 @@ class Renderer:
     ) -> tuple[int, int]:
         """The span of a turn in a text whose template rewrites what came earlier: the part that changes with it.
 
-        The conversation is rendered with something else in its place, twice; what stands before and after that has to
-        be the text's own beginning and end.
+        The conversation is rendered with a plain message in its place, twice; what stands before and after what that
+        says has to be the text's own beginning and end. So whatever the turn says is in its span, its calls of tools
+        too; and what ends a turn, as it stands where the conversation ends with that message.
         """
         edges = set()
         for sentinel in _SENTINELS:
-            changed = list(conversation.messages)
-            changed[index] = {**changed[index], "content": sentinel}
-            parts = template.chat(changed, open_turn=False, tools=conversation.tools).text.split(sentinel)
-            if len(parts) != 2 or not (text.startswith(parts[0]) and text.endswith(parts[1])):
+            plain = {"role": "assistant", "content": sentinel}
+            shown = [*conversation.messages[:index], plain, *conversation.messages[index + 1 :]]
+            try:
+                before, after = self._around(sentinel, shown, conversation.tools, template)
+                _, ending = self._around(sentinel, shown[: index + 1], conversation.tools, template)
+            except ValueError:  # a template that refuses it, or shows it not once
+                raise _not_located(row, template, index) from None
+            ending = ending[: self._turn_end(ending, 0)]
+            if not after.startswith(ending):  # what only the last turn ends with
+                ending = next((token for token in self._end_tokens if after.startswith(token)), "")
+                if not ending:
+                    raise _not_located(row, template, index)
+            if not (text.startswith(before) and text.endswith(after)):
                 raise _not_located(row, template, index)
-            edges.add((len(parts[0]), len(text) - len(parts[1])))
-        start, end = edges.pop()
+            edges.add((len(before), len(text) - len(after), len(ending)))
+        start, end, ending_length = edges.pop()
         if edges or end < start:
             raise _not_located(row, template, index)
-        ending = next((token for token in self._end_tokens if text.startswith(token, end)), "")
-        return start, end + len(ending)
+        return start, end + ending_length
+
+    def _around(
+        self, sign: str, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None, template: Template
+    ) -> tuple[str, str]:
+        """What a template writes before and after `sign`. Raises ValueError where it isn't there once."""
+        before, after = template.chat(messages, open_turn=False, tools=tools).text.split(sign)
+        return before, after
 
     def _turn_end(self, closed: str, start: int) -> int:
         """Where the trained part of a turn ends: after its end token; a line break that follows isn't trained."""

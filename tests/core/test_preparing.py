@@ -448,6 +448,14 @@ def test_another_option_is_another_request(options: dict[str, object], chat_toke
     assert keyed(tmp_path, chat_tokenizer, CONTENT, **options) != keyed(tmp_path, chat_tokenizer, CONTENT)
 
 
+def test_another_way_of_rendering_is_another_request(
+    chat_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = keyed(tmp_path, chat_tokenizer, CONTENT)
+    monkeypatch.setattr(preparing, "_RENDERING", 1)
+    assert keyed(tmp_path, chat_tokenizer, CONTENT) != before
+
+
 def test_another_byte_of_data_is_another_request(chat_tokenizer: Any, tmp_path: Path) -> None:
     assert keyed(tmp_path, chat_tokenizer, CONTENT.replace(b"d", b"e", 1)) != keyed(tmp_path, chat_tokenizer, CONTENT)
 

@@ -537,6 +537,39 @@ def test_thoughts_that_a_template_drops_from_history_are_not_trained_there() -> 
     assert found == ["Yes.<|im_end|>", "<think>\nhm\n</think>\n\nYes.<|im_end|>"]
 
 
+CALLING = QWEN_3.replace(
+    "{{- '<|im_end|>\n' }}{%- else %}",
+    "{%- for call in m.tool_calls or [] %}{{- '\n<tool_call>' + call.name + '</tool_call>' }}{%- endfor %}"
+    "{{- '<|im_end|>\n' }}{%- else %}",
+).replace("loop.index0 > ns.last ", "loop.index0 > ns.last and (loop.last or m.reasoning) ")
+"""As Qwen 3 writes calls of tools: a thought stands before the last turn alone, or before one that has it."""
+
+
+@pytest.mark.parametrize("content", ["Let me see.", None])
+@pytest.mark.parametrize("more", [{}, {"reasoning": True}])
+def test_calls_of_tools_and_ends_are_trained_in_turns_that_a_template_rewrites(content: Any, more: Any) -> None:
+    called = {"role": "assistant", "content": content, "tool_calls": [{"name": "sun"}], **more}
+    messages = [USER, called, {"role": "tool", "content": "2"}, ANSWER]
+    found = rendered(CALLING, messages=messages)
+    turns = re.findall(r"<\|im_start\|>assistant\n(.*?<\|im_end\|>)", found.text, re.DOTALL)
+    assert trained_texts(found) == turns
+    assert (
+        turns[0]
+        == ("<think>\n\n</think>\n\n" if more else "") + f"{content or ''}\n<tool_call>sun</tool_call><|im_end|>"
+    )
+
+
+def test_an_end_that_doesnt_touch_the_answer_is_trained_in_turns_that_a_template_rewrites() -> None:
+    spaced = QWEN_3.replace("{{- '<|im_end|>\n' }}{%- else", "{{- ' <|im_end|>\n' }}{%- else")
+    found = rendered(spaced, messages=[USER, ANSWER, USER, ANSWER])
+    assert trained_texts(found) == ["Hello! <|im_end|>", "<think>\n\n</think>\n\nHello! <|im_end|>"]
+    only_last = QWEN_3.replace(
+        "{{- '<|im_end|>\n' }}{%- else", "{{- '\n' if not loop.last }}{{- '</s>' if loop.last }}{%- else"
+    )
+    assert trained_texts(rendered(only_last, messages=[USER, ANSWER]))[0].endswith("Hello!</s>")
+    assert "can't be located exactly" in refused(only_last, messages=[USER, ANSWER, USER, ANSWER]).message
+
+
 @pytest.mark.parametrize(
     "source",
     [
