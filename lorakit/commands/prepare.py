@@ -23,6 +23,7 @@ def run(config: "PrepareConfig", console: "Console") -> None:
     for row in prepared.preview:
         console.preview(row.place, row.runs, ids=config.preview.preview_ids)
     dropped = sum(figures["dropped_by_reason"].values())
+    kept = figures["rows"] - figures["rejected"] - dropped
     held_out = f", {prepared.validation_blocks:,} of them held out" if prepared.validation_blocks else ""
     all_blocks = prepared.blocks + prepared.validation_blocks
     lengths = [f"≤ {length}: {count:,}" for length, count in figures["lengths"].items()]
@@ -34,7 +35,7 @@ def run(config: "PrepareConfig", console: "Console") -> None:
         "trained tokens": f"{figures['trained_tokens']:,}, {figures['trained_tokens'] / max(figures['tokens'], 1):.1%}",
         "lengths": ", ".join(lengths),
         "longest": f"{figures['longest_tokens']:,} tokens, {figures['longest_row']}",
-        "ends trained": f"{figures['ends_trained'] / max(figures['rows'] - figures['rejected'], 1):.1%} of the rows",
+        "ends trained": f"{figures['ends_trained'] / max(kept, 1):.1%} of the rows",
     }
     unusual = {
         "split": f"{figures['split']:,} rows longer than a block",

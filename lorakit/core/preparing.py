@@ -79,7 +79,7 @@ class Figures:
     pieces_dropped: int = 0
     """Pieces of split rows that hold nothing to train on."""
     ends_trained: int = 0
-    """Rows whose last trained token is one that ends a turn or text."""
+    """Rows whose last trained token, of what was left of them, is one that ends a turn or text."""
     double_bos: int = 0
     dropped_by_reason: Counter[str] = field(default_factory=Counter)
     lengths: Counter[int] = field(default_factory=Counter)
@@ -368,9 +368,6 @@ class _Maker:
             figures.longest_tokens, figures.longest_row = len(tokens), place
         bos_id = self.work.spec.bos_id
         figures.double_bos += bos_id is not None and len(tokens) > 1 and int(tokens[0]) == int(tokens[1]) == bos_id
-        from_last = int(document.trained[::-1].argmax())  # 0 also where nothing is trained
-        last = len(tokens) - 1 - from_last
-        figures.ends_trained += last >= 0 and bool(document.trained[last]) and int(tokens[last]) in self.end_ids
         pieces = [document]
         if len(tokens) > packing.block_size and packing.pack != "concat":
             if packing.long == "drop":
@@ -386,8 +383,10 @@ class _Maker:
         useful = [piece for piece in pieces if piece.trained.any()]
         if not useful:
             figures.dropped_by_reason["nothing to train on"] += 1
-        elif len(useful) < len(pieces):
-            figures.pieces_dropped += len(pieces) - len(useful)
+            return []
+        figures.pieces_dropped += len(pieces) - len(useful)
+        last_trained = useful[-1].tokens[np.flatnonzero(useful[-1].trained)[-1]]
+        figures.ends_trained += int(last_trained) in self.end_ids
         return useful
 
 

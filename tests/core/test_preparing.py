@@ -617,10 +617,17 @@ def test_the_figures_are_counted_by_hand(plain_tokenizer: Any, tmp_path: Path) -
     assert (made.rows, made.documents, made.truncated, made.answers_truncated) == (4, 4, 2, 2)
     assert made.lengths == {"4": 1, "8": 3}
     assert (made.longest_tokens, made.longest_row) == (13, f"{tmp_path / 'rows.jsonl'}:4")
-    assert made.ends_trained == 4, "what is counted is the row, before it is cut"
+    assert made.ends_trained == 2, "the ends of the other two are cut off"
     assert made.tokens == 4 + 3 * 8
     assert made.trained_tokens == 3 + 3 * 7
     assert made.fill == pytest.approx(28 / 32)
+
+
+@pytest.mark.parametrize(("long", "ends"), [("split", 2), ("truncate", 1), ("drop", 1)])
+def test_ends_are_counted_in_what_is_left_of_a_row(long: str, ends: int, plain_tokenizer: Any, tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d" * 20}]
+    made, documents = prepared(tmp_path, rows, plain_tokenizer, block_size=8, long=long)
+    assert made.ends_trained == ends == sum(tokens[-1] == EOS and labels[-1] for tokens, labels in documents)
 
 
 def test_two_begin_tokens_are_counted(bos_tokenizer: Any, tmp_path: Path) -> None:
