@@ -195,12 +195,14 @@ def _json(file: File) -> Iterator[_Piece]:
 
 
 def _rows_in(value: Any, name: str) -> list[Any]:
-    """The rows of a JSON file: its array, or the only list of objects in its object."""
+    """The rows of a JSON file: its array, or its object where that is a row, or the only list of objects in it."""
     if isinstance(value, list):
         return value
     hint = "write the rows as a JSON array of objects, or as JSONL"
     if not isinstance(value, dict):
         raise InputRefused(f"{name}: found {_short(value)}, need an array of objects", hint)
+    if _is_row(value):
+        return [value]
     lists = {key: item for key, item in value.items() if isinstance(item, list)}
     of_objects = [key for key, items in lists.items() if items and all(isinstance(item, dict) for item in items)]
     if len(of_objects) == 1:
@@ -210,6 +212,19 @@ def _rows_in(value: Any, name: str) -> list[Any]:
     else:
         found = f"an object {'of columns' if lists else 'without a list of objects'} ({', '.join(value) or 'empty'})"
     raise InputRefused(f"{name}: found {found}, need an array of objects", hint)
+
+
+def _is_row(value: Mapping[str, Any]) -> bool:
+    """Whether an object is one row of a known format: lists of rows or columns aren't, lists of turns are."""
+    lists = [item for item in value.values() if isinstance(item, list)]
+    turns = [
+        item for item in lists if item and all(isinstance(turn, dict) and {"role", "from"} & set(turn) for turn in item)
+    ]
+    try:
+        records.detect_format(value, "")
+    except InputRefused:
+        return False
+    return bool(turns) or not lists
 
 
 def _short(value: Any) -> str:

@@ -372,6 +372,33 @@ def test_a_file_that_has_gone_is_told(name: str, tmp_path: Path) -> None:
         assert dataset.size_bytes
 
 
+# JSON that is one row
+
+
+TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"id": 1, "messages": TURNS},
+        {"messages": TURNS, "tools": [{"name": "add"}], "tags": ["x"]},
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+        {"chosen": TURNS, "rejected": TURNS},
+        {"prompt": "a", "completion": "b"},
+        {"text": "a"},
+    ],
+)
+def test_an_object_that_is_a_row_is_one_row(row: dict[str, Any], tmp_path: Path) -> None:
+    assert read(put(tmp_path / "a.json", json.dumps(row, indent=1).encode())) == [row]
+
+
+@pytest.mark.parametrize("of", [{"text": "about"}, {"messages": []}, {}])
+def test_an_object_with_one_list_of_rows_is_those_rows(of: dict[str, Any], tmp_path: Path) -> None:
+    rows = [{"messages": TURNS}, {"messages": TURNS[:1]}]
+    assert read(put(tmp_path / "a.json", json.dumps({**of, "data": rows}).encode())) == rows
+
+
 # JSON that is JSONL
 
 
