@@ -323,7 +323,9 @@ class Renderer:
             before = self._list(row, "prompt") if isinstance(prompt, list) else []
             if isinstance(prompt, str) and _are_messages(chosen) and chosen[0].get("role") == "assistant":
                 before = [{"role": "user", "content": prompt}]
-            whole = before + self._list(row, "chosen")
+            whole = self._list(row, "chosen")
+            if whole[: len(before)] != before:  # as some sets have it: the answer alone
+                whole = before + whole
             return whole, len(whole) - 1
         text = self._text(row, "chosen")
         if prompt is not None:

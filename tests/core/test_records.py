@@ -268,6 +268,13 @@ def test_of_a_transcript_only_the_chosen_answer_is_trained() -> None:
     assert trained_texts(found) == ["So.<|im_end|>"]
 
 
+def test_a_prompt_that_the_chosen_conversation_begins_with_is_asked_once() -> None:
+    alone = rendered(CHATML, prompt=CHAT[:-1], chosen=[ANSWER])
+    assert rendered(CHATML, prompt=CHAT[:-1], chosen=CHAT) == alone == rendered(CHATML, chosen=CHAT)
+    assert alone.text.count("Bye") == 1
+    assert trained_texts(alone) == ["Hello!<|im_end|>"]
+
+
 def test_of_prompt_and_completion_messages_only_the_completions_are_trained() -> None:
     found = rendered(CHATML, prompt=CHAT[:4], completion=[ANSWER, {"role": "tool", "content": "1"}, ANSWER])
     assert trained_texts(found) == ["Hello!<|im_end|>"] * 2
