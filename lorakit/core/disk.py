@@ -52,6 +52,13 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def stamp(path: Path) -> tuple[int, int, int, int]:
+    """Device, number, size and time of the last change (ns) of a file: others where it is another one, or was changed.
+    Raises OSError."""
+    found = path.stat()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
 def described(path: Path) -> dict[str, Any]:
     """Size and hash of a file, as a manifest lists it. Raises OSError."""
     return {"bytes": path.stat().st_size, "sha256": sha256(path)}

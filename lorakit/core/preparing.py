@@ -219,11 +219,13 @@ def _datasets(config: PrepareConfig, report: Report) -> tuple[Dataset, Dataset |
         default_splits=("validation", "test", "train"),
         report=report,
     )
-    if validation.files == dataset.files:
-        raise UsageError(
-            f"--validation-dataset: found the same files as for training ({dataset.files[0].name}), need others",
-            "name other files, or hold rows out with --validation-split",
-        )
+    trained_on = {stamp[:2] for stamp in dataset.stamps()}
+    for file, stamp in zip(validation.files, validation.stamps(), strict=True):
+        if stamp[:2] in trained_on:
+            raise UsageError(
+                f"--validation-dataset: found a file that is also trained on ({file.name}), need others",
+                "name other files, or hold rows out with --validation-split",
+            )
     return dataset, validation
 
 

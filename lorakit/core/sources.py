@@ -50,13 +50,11 @@ class Dataset:
 
     def fingerprint(self) -> str:
         """The hash of every file's kind and bytes, in order; names, places and times don't count. Raises DiskFailed."""
-        parts = []
-        for file in self.files:
-            try:
-                parts.append([file.kind, disk.sha256(file.path)])
-            except OSError as error:
-                raise disk_failed(error, file.path) from error
-        return artifacts.fingerprint(parts)
+        return artifacts.fingerprint([[file.kind, _on_disk(file, disk.sha256)] for file in self.files])
+
+    def stamps(self) -> list[tuple[int, int, int, int]]:
+        """`disk.stamp` of every file, in order. Raises DiskFailed."""
+        return [_on_disk(file, disk.stamp) for file in self.files]
 
     def chunks(self) -> Iterator[Chunk]:
         """The raw rows of all files, in order, a chunk at a time.
@@ -68,6 +66,13 @@ class Dataset:
         for file in self.files:
             yield from read_chunks(file, before_bytes)
             before_bytes += size_bytes_of(file)
+
+
+def _on_disk(file: File, look: Callable[[Path], Any]) -> Any:
+    try:
+        return look(file.path)
+    except OSError as error:
+        raise disk_failed(error, file.path) from error
 
 
 @dataclass(frozen=True)

@@ -683,8 +683,20 @@ def test_a_validation_dataset_may_be_another_split_of_the_same(chat_tokenizer: A
     assert (made.rows, made.validation_rows) == (26, 2)
     write_rows(tmp_path / "data" / "validation.jsonl", ROWS[:3])
     assert with_tokenizer(chat_tokenizer, {**values, "split": "train"}).validation_rows == 3
-    with pytest.raises(UsageError, match="found the same files as for training"):
+    with pytest.raises(UsageError, match="found a file that is also trained on"):
         with_tokenizer(chat_tokenizer, {**values, "split": "validation"})
+
+
+@pytest.mark.parametrize("held_out", ["b.jsonl", "link.jsonl", "linked.jsonl", "*.jsonl", "c.jsonl,b.jsonl"])
+def test_a_file_that_is_trained_on_is_never_held_out_too(held_out: str, chat_tokenizer: Any, tmp_path: Path) -> None:
+    for name in ("a.jsonl", "b.jsonl", "c.jsonl"):
+        write_rows(tmp_path / name, ROWS)
+    (tmp_path / "link.jsonl").symlink_to("b.jsonl")
+    os.link(tmp_path / "b.jsonl", tmp_path / "linked.jsonl")
+    values: dict[str, object] = {"dataset": ("a.jsonl", "b.jsonl"), "tokenizer": "any"}
+    with pytest.raises(UsageError, match=r"also trained on \(.*[a-z]\.jsonl\), need others"):
+        with_tokenizer(chat_tokenizer, {**values, "validation_dataset": tuple(held_out.split(","))})
+    assert with_tokenizer(chat_tokenizer, {**values, "validation_dataset": "c.jsonl"}).validation_rows == len(ROWS)
 
 
 @pytest.mark.parametrize("count", [1, 7, 24, 100])
