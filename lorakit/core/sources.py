@@ -159,12 +159,15 @@ def _file(path: Path, name: str) -> File:
 
 def _matching(pattern: str) -> list[File]:
     try:
-        found = sorted(name for name in glob.glob(pattern, recursive=True) if os.path.isfile(name))
+        found = [name for name in glob.glob(pattern, recursive=True) if os.path.isfile(name)]
     except ValueError:  # a NUL byte
         found = []
     if not found:
         raise InputRefused(f"{pattern}: found no file that matches, need at least one", "check the pattern")
-    return [_file(Path(name), name) for name in found]
+    nearest: dict[str, str] = {}  # of the names of one file, which links give it
+    for name in sorted(found, key=lambda name: (name.count("/"), name)):
+        nearest.setdefault(os.path.realpath(name), name)
+    return [_file(Path(name), name) for name in sorted(nearest.values())]
 
 
 def _on_hub(name: str, choice: _Choice, revision: str | None, timeout_seconds: float, report: Report) -> list[File]:

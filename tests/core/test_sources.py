@@ -55,6 +55,15 @@ def test_a_pattern_is_its_files_in_code_point_order(pattern: str, found: list[st
     assert texts(pattern) == found
 
 
+def test_a_pattern_gives_each_file_once_however_many_names_links_give_it(tmp_path: Path) -> None:
+    tree(tmp_path, "d/s/b.jsonl", "d/z.jsonl")
+    (tmp_path / "d" / "loop").symlink_to(".")
+    (tmp_path / "d" / "a.jsonl").symlink_to("z.jsonl")
+    assert texts("d/**/*.jsonl") == ["d/z.jsonl", "d/s/b.jsonl"]
+    assert [file.name for file in opened("d/**/*.jsonl").files] == ["d/a.jsonl", "d/s/b.jsonl"]
+    assert texts("d/z.jsonl", "d/z.jsonl") == ["d/z.jsonl"] * 2, "what is named twice is wanted twice"
+
+
 def test_a_file_whose_name_looks_like_a_pattern_is_itself(tmp_path: Path) -> None:
     tree(tmp_path, "a[1].jsonl", "a1.jsonl")
     assert texts("a[1].jsonl") == ["a[1].jsonl"]
