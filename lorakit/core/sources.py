@@ -263,7 +263,8 @@ def _tell(
 
 
 def _data_paths(folder: Path) -> list[str]:
-    """Every file of a known kind in `folder`, sorted, relative to it; links are followed, but not in circles."""
+    """Every file of a known kind in `folder`, sorted, relative to it; links are followed, but not in circles. What
+    lorakit made in there (blocks, runs) is no data."""
 
     def walk(inside: str, above: tuple[str, ...]) -> Iterator[str]:
         real = os.path.realpath(folder / inside)
@@ -274,7 +275,8 @@ def _data_paths(folder: Path) -> list[str]:
             if entry.name.startswith("."):
                 continue
             if entry.is_dir():
-                yield from walk(path, (*above, real))
+                if not artifacts.is_artifact(folder / path):
+                    yield from walk(path, (*above, real))
             elif entry.is_file() and kind_of(path) is not None and not _LEFT_OUT.fullmatch(entry.name):
                 yield path
 

@@ -439,6 +439,17 @@ def keyed(folder: Path, opened: Any, content: bytes, name: str = "rows.jsonl", *
 CONTENT = b'{"prompt": "a", "completion": "bcd"}\n' * 3
 
 
+def test_a_folder_that_holds_the_output_is_prepared_again(chat_tokenizer: Any, tmp_path: Path) -> None:
+    (tmp_path / "d" / "deep").mkdir(parents=True)
+    (tmp_path / "d" / "rows.jsonl").write_bytes(CONTENT + b"no row\n")
+    values: dict[str, object] = {"dataset": "d", "tokenizer": "any", "on_bad_row": "skip"}
+    for output in ("d/out", "d/deep/out"):
+        for cached in (False, True):
+            made = with_tokenizer(chat_tokenizer, {**values, "output": tmp_path / output})
+            assert (made.rows, made.cached) == (4, cached)
+    assert with_tokenizer(chat_tokenizer, {**values, "output": tmp_path / "d/out", "overwrite": True}).rows == 4
+
+
 @pytest.mark.parametrize(
     "options",
     [{"block_size": 65}, {"train_on": "all"}, {"template": "none"}, {"pack": "none"}, {"long": "drop"}],
