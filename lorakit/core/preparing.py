@@ -22,7 +22,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, fields, replace
 from multiprocessing import connection, forkserver, get_context, parent_process
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,7 +41,7 @@ from lorakit.core.config import (
     TrainDataSection,
 )
 from lorakit.core.environment import cache_folder, one_thread_for_tokenizers, usable_cores
-from lorakit.core.errors import InputRefused, OutOfMemory, UsageError
+from lorakit.core.errors import InputRefused, Mismatch, OutOfMemory, UsageError
 from lorakit.core.events import Notice, Progress, Report
 from lorakit.core.hub import model_folder
 from lorakit.core.packing import Packer, cut
@@ -160,13 +160,16 @@ class _Tokenized:
 def prepare(config: PrepareConfig, report: Report) -> Prepared:
     """Make the blocks folder of a dataset, or find the one that the same request has made before.
 
-    Raises InputRefused (a row that can't be used, nothing to train on), Mismatch (other blocks at the output),
-    HubFailed, Busy and DiskFailed. Without an output, a second run of the same request waits for the first.
+    Raises InputRefused (a row that can't be used, nothing to train on), Mismatch (other blocks at the output, data that
+    changed while it was read), HubFailed, Busy and DiskFailed. Without an output, a second run of the same request
+    waits for the first.
     """
     spec = load_spec(model_folder(config.data.tokenizer), config.tokens.add_tokens)
     dataset, validation = _datasets(config, report)
     if _workers(config, dataset) > 1:
         _start_server()
+    sources = [source for source in (dataset, validation) if source is not None]
+    stamps = [source.stamps() for source in sources]
     parents = {"dataset": dataset.fingerprint(), "tokenizer": spec.fingerprint}
     parents["template"] = artifacts.fingerprint([_RENDERING, *_given_template(config.packing.template)])
     if validation is not None:
@@ -182,7 +185,8 @@ def prepare(config: PrepareConfig, report: Report) -> Prepared:
             artifacts.as_dataclass(Figures, found.figures, target / disk.MANIFEST)  # or refused
             return replace(found, preview=preview)
         facts: dict[str, Any] = {}
-        files = _files(work, dataset, validation, target, facts, report)
+        made = _files(work, dataset, validation, target, facts, report)
+        files = itertools.chain(made, _unchanged(sources, stamps))
         artifacts.commit(target, "blocks", files, config=config, parents=parents, facts=facts)
     return Prepared(path=target, preview=preview, cached=False, **facts)
 
@@ -567,6 +571,18 @@ def _files(
             "lengths": {str(length): figures.lengths[length] for length in sorted(figures.lengths)},
         },
     }
+
+
+def _unchanged(sources: Sequence[Dataset], stamps: Sequence[Sequence[tuple[int, ...]]]) -> Iterator[NoReturn]:
+    """No file of its own. Raises Mismatch where what was read needn't be what was hashed."""
+    for source, before in zip(sources, stamps, strict=True):
+        for file, old, new in zip(source.files, before, source.stamps(), strict=True):
+            if old != new:
+                raise Mismatch(
+                    f"{file.name}: found that it changed while it was read, need it as it was",
+                    "wait until it is written, then run the same command again",
+                )
+    yield from ()
 
 
 def _require_room(target: Path, tokens: int, done_bytes: int, size_bytes: int) -> None:

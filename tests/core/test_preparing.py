@@ -488,6 +488,30 @@ def test_another_tokenizer_is_another_request(change: Callable[[Any], object], t
     assert keyed(tmp_path, tokenizer, CONTENT) != before
 
 
+@pytest.mark.parametrize("changed", ["rows.jsonl", "held.jsonl"])
+def test_data_that_changes_after_it_was_hashed_is_no_request_at_all(
+    changed: str, chat_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "held.jsonl").write_bytes(CONTENT)
+    options: dict[str, object] = {"validation_dataset": str(tmp_path / "held.jsonl"), "output": tmp_path / "out"}
+    real = preparing._work
+
+    def slow(*arguments: Any) -> Any:
+        work = real(*arguments)
+        with (tmp_path / changed).open("ab") as file:
+            file.write(CONTENT)
+        return work
+
+    with monkeypatch.context() as patch:
+        patch.setattr(preparing, "_work", slow)
+        with pytest.raises(Mismatch, match=f"{changed}: found that it changed while it was read"):
+            keyed(tmp_path, chat_tokenizer, CONTENT, **options)
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "held.jsonl").write_bytes(CONTENT)
+    keyed(tmp_path, chat_tokenizer, CONTENT, **options)
+    assert artifacts.read_manifest(tmp_path / "out")["facts"]["figures"]["rows"] == 6
+
+
 def test_where_the_same_bytes_lie_makes_no_difference(chat_tokenizer: Any, tmp_path: Path) -> None:
     again = make_tokenizer(tmp_path / "again")
     first = keyed(tmp_path, chat_tokenizer, CONTENT, tokenizer="one")
