@@ -20,14 +20,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, fields, replace
-from multiprocessing import connection, forkserver, get_context, parent_process
+from multiprocessing import active_children, connection, forkserver, get_context, parent_process
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lorakit.core import artifacts, disk
+from lorakit.core import artifacts, disk, untrusted
 from lorakit.core.blocks import BYTES_PER_TOKEN, TEMPLATE, TRAINING, VALIDATION, ShardMaker
 from lorakit.core.config import (
     DatasetSection,
@@ -439,14 +440,23 @@ def _tokenized(work: _Work, dataset: Dataset, validation: bool) -> Iterator[_Tok
         return
     with ProcessPoolExecutor(workers, get_context("forkserver"), _start_worker, (work,)) as pool:
         pending: deque[Any] = deque()
+        children: list[BaseProcess] = []
         try:
             for job in jobs:
                 pending.append(pool.submit(_work_on, *job))
+                children = children or active_children()
                 if len(pending) > _CHUNKS_AHEAD * workers:
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()
         except BrokenProcessPool:
+            pool.shutdown()
+            if any(child.exitcode == -signal.SIGPROF for child in children):
+                raise InputRefused(
+                    f"{' '.join(dataset.names)}: found a row that the template renders without end (over "
+                    f"{untrusted.HARD} times the CPU time of a text), need one that it can render",
+                    "choose another --template, or look at what it does",
+                ) from None
             raise OutOfMemory(
                 "found a worker process that was killed, need all of them (memory may have run out)",
                 "lower --num-workers",

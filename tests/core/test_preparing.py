@@ -850,18 +850,26 @@ def test_a_run_that_waits_says_for_whom(chat_tokenizer: Any, tmp_path: Path) -> 
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the workers by /proc")
-def test_a_worker_that_is_killed_is_told(chat_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the system does when memory runs out."""
+@pytest.mark.parametrize(
+    ("by", "told", "found"),
+    [
+        (signal.SIGKILL, OutOfMemory, "a worker process that was killed"),  # as the system does when memory runs out
+        (signal.SIGPROF, InputRefused, r"rows\.jsonl: found a row that the template renders without end"),
+    ],
+)
+def test_a_worker_that_is_killed_is_told(
+    by: int, told: type[Exception], found: str, chat_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = write_rows(tmp_path / "rows.jsonl", ROWS * 50)
     monkeypatch.setattr(readers, "_CHUNK_ROWS", 5)
 
     def kill_workers(event: Any) -> None:
         if isinstance(event, Progress):
             for child in active_workers():
-                os.kill(child, signal.SIGKILL)
+                os.kill(child, by)
 
     values = {"dataset": str(path), "tokenizer": "any", "num_workers": 2, "output": tmp_path / "out"}
-    with pytest.raises(OutOfMemory, match="a worker process that was killed"):
+    with pytest.raises(told, match=found):
         with_tokenizer(chat_tokenizer, values, kill_workers)
     assert not (tmp_path / "out").exists()
 
