@@ -144,8 +144,8 @@ def fsync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Replace one small file, whole or not at all. Raises DiskFailed."""
+def write_file(path: Path, content: Content) -> None:
+    """Replace one file, whole or not at all. Raises DiskFailed."""
     stage = path.with_name(f".stage-{path.name}-{uuid.uuid4().hex}")
     try:
         try:

@@ -186,7 +186,8 @@ def prepare(config: PrepareConfig, report: Report) -> Prepared:
             artifacts.as_dataclass(Figures, found.figures, target / disk.MANIFEST)  # or refused
             return replace(found, preview=preview)
         facts: dict[str, Any] = {}
-        made = _files(work, dataset, validation, target, facts, report)
+        kept = cache_folder() / "rejected" / f"{key}.jsonl"
+        made = _files(work, dataset, validation, target, kept, facts, report)
         files = itertools.chain(made, _unchanged(sources, stamps))
         artifacts.commit(target, "blocks", files, config=config, parents=parents, facts=facts)
     return Prepared(path=target, preview=preview, cached=False, **facts)
@@ -264,22 +265,28 @@ def _work(config: PrepareConfig, spec: TokenizerSpec, dataset: Dataset, report: 
     """Decide by the first row what rows are and how they become text, and say so."""
     row_format: str = config.rows.format
     chunks = dataset.chunks()
+    all_bad = False
     if row_format == "auto":
         for place, raw in (found for chunk in chunks for found in _raw_rows(chunk)):
             try:
                 row = parse_row(raw, place)
             except InputRefused:
                 if config.rows.on_bad_row == "skip":
+                    all_bad = True
                     continue
                 raise
+            all_bad = False
             columns = {**dict.fromkeys(config.rows.renamed), **row.columns}
             row_format = detect_format(columns, place) if not _of_rows(config, spec) else "columns"
             break
         else:
-            raise InputRefused(f"{' '.join(dataset.names)}: found no rows, need at least one", "check the files")
+            if not all_bad:
+                raise InputRefused(f"{' '.join(dataset.names)}: found no rows, need at least one", "check the files")
+            row_format = "text"  # or any other: they are rejected with their reasons when they are read again
     template = _chosen_template(config, spec, row_format)
     how = "plain joining" if template is None else template[1]
-    report(Notice(f"read as {row_format} rows" + ("" if row_format == "text" else f", rendered by {how}")))
+    if not all_bad:
+        report(Notice(f"read as {row_format} rows" + ("" if row_format == "text" else f", rendered by {how}")))
     for note in spec.notes:
         report(Notice(note))
     return _Work(spec, row_format, template, config)
@@ -532,12 +539,19 @@ class _Part:
 
 
 def _files(
-    work: _Work, dataset: Dataset, validation: Dataset | None, target: Path, facts: dict[str, Any], report: Report
+    work: _Work,
+    dataset: Dataset,
+    validation: Dataset | None,
+    target: Path,
+    kept: Path,
+    facts: dict[str, Any],
+    report: Report,
 ) -> Iterator[tuple[str, disk.Content]]:
-    """The files of a blocks folder as they are made; `facts` is filled at the end. Raises InputRefused."""
+    """The files of a blocks folder as they are made; `facts` is filled at the end. Raises InputRefused; where all rows
+    are rejected, there is no folder that could hold them, and they are written to `kept`."""
     config, figures, started = work.config, Figures(), time.monotonic()
     parts = [_Part(name, config, work.spec.pad_id) for name in (TRAINING, VALIDATION)]
-    room_checked = False
+    room_checked, first_reason = False, ""
     total_mib = (dataset.size_bytes + (validation.size_bytes if validation else 0)) / 2**20
     with tempfile.TemporaryFile() as rejected, contextlib.ExitStack() as stack:
         before_bytes = 0
@@ -548,6 +562,7 @@ def _files(
             stack.callback(results.close)  # type: ignore[attr-defined]
             for result in results:
                 figures.add(result.figures)
+                first_reason = first_reason or (str(result.rejected[0]["reason"]) if result.rejected else "")
                 rejected.writelines(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in result.rejected)
                 for document, is_held_out in result.documents():
                     for file in parts[is_held_out].add(document):
@@ -564,9 +579,27 @@ def _files(
             yield from part.rest()
         if figures.rejected:
             rejected.seek(0)
-            yield REJECTED, iter(lambda: rejected.read(2**20), b"")
+            pieces = iter(lambda: rejected.read(2**20), b"")
+            if figures.rejected == figures.rows:
+                disk.make_folder(kept.parent)
+                disk.write_file(kept, pieces)
+                rows = f"{' '.join(dataset.names)}: found {_counted(figures.rows, 'row')}"
+                raise InputRefused(
+                    f"{rows}, all rejected, need one to train on; the first: {first_reason}",
+                    f"all of them stand in {kept}, each with its reason",
+                )
+            yield REJECTED, pieces
     training, held = (part.shards.num_blocks for part in parts)
+    share = config.rows.validation_split
+    if share and held and not training and validation is None:
+        raise InputRefused(
+            f"{' '.join(dataset.names)}: found {_counted(figures.rows, 'row')}, all that can be used held out by "
+            f"--validation-split {share:g}, need one to train on",
+            "lower --validation-split, or give more rows",
+        )
     _refuse_nothing(dataset, figures, training)
+    if share and not held:
+        report(Notice(f"--validation-split {share:g} held out none of {_counted(figures.rows, 'row')}"))
     yield from _template_file(work)
     room_tokens = (training + held) * config.packing.block_size
     facts |= {
@@ -605,10 +638,15 @@ def _refuse_nothing(dataset: Dataset, figures: Figures, blocks: int) -> None:
         return
     reasons = figures.dropped_by_reason | Counter({"rejected": figures.rejected})
     why = "; ".join(f"{count} {reason}" for reason, count in reasons.items() if count)
+    rows = f"{' '.join(dataset.names)}: found {_counted(figures.rows, 'row')}"
     raise InputRefused(
-        f"{' '.join(dataset.names)}: found {figures.rows} rows with no token to train on ({why}), need at least one",
+        f"{rows} with no token to train on ({why}), need at least one",
         "check that the files have rows, that completions aren't empty and that --block-size holds them",
     )
+
+
+def _counted(number: int, thing: str) -> str:
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
 
 def _template_file(work: _Work) -> Iterator[tuple[str, bytes]]:

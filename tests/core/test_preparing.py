@@ -24,6 +24,7 @@ from safetensors.numpy import load_file
 from lorakit.core import artifacts, disk, preparing, readers
 from lorakit.core.blocks import VALIDATION, Blocks
 from lorakit.core.config import PrepareConfig
+from lorakit.core.environment import cache_folder
 from lorakit.core.errors import DiskFailed, InputRefused, Mismatch, OutOfMemory, UsageError
 from lorakit.core.events import Notice, Progress, Report
 from lorakit.core.preparing import prepare
@@ -547,7 +548,7 @@ def test_other_blocks_at_the_output_are_kept(chat_tokenizer: Any, tmp_path: Path
 def test_nothing_to_train_on_is_refused(
     rows: list[dict[str, str]], options: dict[str, object], chat_tokenizer: Any, tmp_path: Path
 ) -> None:
-    with pytest.raises(InputRefused, match=f"found {len(rows)} rows with no token to train on") as caught:
+    with pytest.raises(InputRefused, match=f"found {len(rows)} rows? with no token to train on") as caught:
         prepared(tmp_path, rows, chat_tokenizer, output=tmp_path / "out", **options)
     assert caught.value.exit_code == 3
     assert not (tmp_path / "out").exists()
@@ -622,6 +623,33 @@ def test_bad_rows_before_the_first_good_one_are_skipped_too(chat_tokenizer: Any,
     path.write_text('{"a": 1\n{"prompt": "a", "completion": "b"}\n')
     made = with_tokenizer(chat_tokenizer, {"dataset": str(path), "tokenizer": "any", "on_bad_row": "skip"})
     assert (made.rejected, made.documents) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [b"not JSON", b"nor this"],
+        [b'{"prompt": "a", "completion": ""}', b"not JSON", b'{"prompt": 1, "completion": "b"}'],
+    ],
+)
+def test_rows_that_are_all_rejected_are_kept_with_their_reasons(
+    lines: list[bytes], chat_tokenizer: Any, tmp_path: Path
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"\n".join(lines))
+    events: list[Any] = []
+    values = {"dataset": str(path), "tokenizer": "any", "on_bad_row": "skip", "output": tmp_path / "out"}
+    with pytest.raises(
+        InputRefused, match=rf"found {len(lines)} rows, all rejected, .*; the first: .*:1: (completion: )?found"
+    ) as caught:
+        with_tokenizer(chat_tokenizer, values, events.append)
+    kept = Path(caught.value.hint.split(" stand in ")[1].split(",")[0])
+    assert kept.is_relative_to(cache_folder() / "rejected")
+    rejected = [json.loads(line) for line in kept.read_text().splitlines()]
+    assert [row["row"] for row in rejected] == [line.decode() for line in lines]
+    assert [row["place"] for row in rejected] == [f"{path}:{number}" for number in range(1, len(lines) + 1)]
+    assert not (tmp_path / "out").exists()
+    assert not any("read as text" in event.text for event in events if isinstance(event, Notice))
 
 
 def test_a_row_of_megabytes_is_split_and_none_of_it_lost(plain_tokenizer: Any, tmp_path: Path) -> None:
@@ -699,6 +727,17 @@ def test_held_out_rows_are_chosen_by_seed_and_place_alone(chat_tokenizer: Any, t
     assert 50 < len(held_out) < 110
     assert parts(num_workers=2) == (training, held_out)
     assert parts(seed=1)[1] != held_out
+
+
+def test_a_share_that_holds_out_all_or_nothing_is_told(chat_tokenizer: Any, tmp_path: Path) -> None:
+    with pytest.raises(
+        InputRefused, match=r"found 20 rows, all that can be used held out by --validation-split 0\.9999"
+    ):
+        prepared(tmp_path, ROWS, chat_tokenizer, max_rows=20, validation_split=0.9999)
+    events: list[Any] = []
+    values: dict[str, object] = {"dataset": str(tmp_path / "rows.jsonl"), "tokenizer": "any"}
+    assert with_tokenizer(chat_tokenizer, {**values, "validation_split": 1e-9}, events.append).validation_rows == 0
+    assert events.count(Notice(f"--validation-split 1e-09 held out none of {len(ROWS)} rows")) == 1
 
 
 def test_a_validation_dataset_is_held_out_whole(chat_tokenizer: Any, tmp_path: Path) -> None:
