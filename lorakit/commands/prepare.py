@@ -37,12 +37,16 @@ def run(config: "PrepareConfig", console: "Console") -> None:
         "longest": f"{figures['longest_tokens']:,} tokens, {figures['longest_row']}",
         "ends trained": f"{figures['ends_trained'] / max(kept, 1):.1%} of the rows",
     }
+
+    def rows(name: str) -> str:
+        return f"{figures[name]:,} {'row' if figures[name] == 1 else 'rows'}"
+
     unusual = {
-        "split": f"{figures['split']:,} rows longer than a block",
-        "truncated": f"{figures['truncated']:,} rows, {figures['answers_truncated']:,} of them in what is trained",
-        "rejected": f"{figures['rejected']:,} rows, in {prepared.path / 'rejected.jsonl'}",
-        "pieces_dropped": f"{figures['pieces_dropped']:,} pieces of split rows with nothing to train on",
-        "double_bos": f"{figures['double_bos']:,} rows begin with two begin tokens",
+        "split": f"{rows('split')} longer than a block",
+        "truncated": f"{rows('truncated')}, {figures['answers_truncated']:,} of them in what is trained",
+        "rejected": f"{rows('rejected')}, in {prepared.path / 'rejected.jsonl'}",
+        "pieces_dropped": f"{figures['pieces_dropped']:,} of the pieces of split rows with nothing to train on",
+        "double_bos": f"{rows('double_bos')} with two begin tokens at the beginning",
     }
     summary |= {name.replace("_", " "): text for name, text in unusual.items() if figures[name]}
     console.summary(summary | ({"dropped": ", ".join(reasons)} if dropped else {}))

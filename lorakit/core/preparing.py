@@ -47,7 +47,7 @@ from lorakit.core.events import Notice, Progress, Report
 from lorakit.core.hub import model_folder
 from lorakit.core.packing import Packer, cut
 from lorakit.core.readers import Chunk
-from lorakit.core.records import Renderer, detect_format, parse_row
+from lorakit.core.records import COLUMNS, Renderer, detect_format, parse_row
 from lorakit.core.sources import Dataset, open_dataset
 from lorakit.core.templates import Template, TemplateRefused, builtin_source
 from lorakit.core.tokenization import Codec, Document, TokenizerSpec, load_spec
@@ -264,6 +264,13 @@ def _given_template(name: str) -> tuple[str, str]:
 def _work(config: PrepareConfig, spec: TokenizerSpec, dataset: Dataset, report: Report) -> _Work:
     """Decide by the first row what rows are and how they become text, and say so."""
     row_format: str = config.rows.format
+    unknown = [name for name in config.rows.renamed if name not in COLUMNS]
+    if unknown and not _of_rows(config, spec):
+        raise UsageError(
+            f"--columns {unknown[0]}={config.rows.renamed[unknown[0]]}: found the name {unknown[0]}, need one of "
+            f"{', '.join(COLUMNS)}",
+            "NAME is what a format calls the column; a --template FILE.jinja of rows takes any",
+        )
     chunks = dataset.chunks()
     all_bad = False
     if row_format == "auto":
@@ -284,9 +291,11 @@ def _work(config: PrepareConfig, spec: TokenizerSpec, dataset: Dataset, report: 
                 raise InputRefused(f"{' '.join(dataset.names)}: found no rows, need at least one", "check the files")
             row_format = "text"  # or any other: they are rejected with their reasons when they are read again
     template = _chosen_template(config, spec, row_format)
-    how = "plain joining" if template is None else template[1]
+    how = f", rendered by {'plain joining' if template is None else template[1]}"
+    if row_format == "text" or (template is None and row_format in ("messages", "sharegpt")):
+        how = ""  # the second can't be, which each row says
     if not all_bad:
-        report(Notice(f"read as {row_format} rows" + ("" if row_format == "text" else f", rendered by {how}")))
+        report(Notice(f"read as {row_format} rows{how}"))
     for note in spec.notes:
         report(Notice(note))
     return _Work(spec, row_format, template, config)

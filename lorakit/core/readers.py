@@ -263,6 +263,7 @@ def _csv(file: File) -> Iterator[_Piece]:
                     continue  # a blank line
                 if not header:
                     header = _checked_columns(fields, file.name)
+                    _refuse_delimiter(header, file)
                     continue
                 number += 1
                 if len(fields) != len(header):
@@ -284,15 +285,25 @@ def _csv(file: File) -> Iterator[_Piece]:
             yield raws, done_bytes()
 
 
+def _refuse_delimiter(header: Sequence[str], file: File) -> None:
+    """Raises InputRefused where the only column's name is a whole header with another delimiter."""
+    names = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
+    own = "\t" if file.kind == "tsv" else ","
+    other = next((sign for sign in names if sign in header[0]), None) if len(header) == 1 else None
+    if other is not None:
+        hint = "name it .tsv" if other == "\t" else f"write it with {names[own]} (pandas: read_csv(…, sep={other!r}))"
+        raise InputRefused(
+            f"{file.name}: found columns separated by {names[other]} ({header[0]}), need {names[own]} in {file.kind}",
+            hint,
+        )
+
+
 def _decoded(file: File, stream: IO[bytes]) -> Iterator[str]:
     for number, line in _numbered_lines(file, stream):
         try:
             yield line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
-            byte = error.object[error.start]
-            raise InputRefused(
-                f"{file.name}:{number}: found byte 0x{byte:02x} that isn't UTF-8, need UTF-8", "convert it to UTF-8"
-            ) from None
+            raise records.not_utf8(f"{file.name}:{number}", error) from None
 
 
 def _checked_columns(columns: Sequence[str], name: str) -> list[str]:
@@ -321,11 +332,7 @@ def _txt(file: File) -> Iterator[_Piece]:
             try:
                 text = piece.decode()
             except UnicodeDecodeError as error:
-                raise InputRefused(
-                    f"{file.name}: found byte 0x{piece[error.start]:02x} at offset {start + error.start} that isn't "
-                    "UTF-8, need UTF-8",
-                    "convert it to UTF-8",
-                ) from None
+                raise records.not_utf8(f"{file.name}: offset {start + error.start}", error) from None
             yield [{"text": text.removeprefix("\ufeff") if start == 0 else text}], done_bytes()
             start += len(piece)
 

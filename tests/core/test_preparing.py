@@ -852,6 +852,27 @@ def test_a_file_of_a_users_own_takes_any_columns(chat_tokenizer: Any, tmp_path: 
     assert prepared(tmp_path, rows, chat_tokenizer, **options)[0].path != made.path
 
 
+def test_columns_are_renamed_to_names_that_something_reads(chat_tokenizer: Any, tmp_path: Path) -> None:
+    rows = [{"q": "one?", "a": "1"}]
+    with pytest.raises(UsageError, match="--columns foo=q: found the name foo, need one of messages, "):
+        prepared(tmp_path, rows, chat_tokenizer, columns="foo=q,completion=a", block_size=64)
+    assert prepared(tmp_path, rows, chat_tokenizer, columns="prompt=q,completion=a", block_size=64)[0].rows == 1
+    (tmp_path / "mine.jinja").write_text("{{ foo }}{% generation %}{{ a }}{% endgeneration %}")
+    options = {"template": str(tmp_path / "mine.jinja"), "columns": "foo=q", "block_size": 64}
+    assert prepared(tmp_path, rows, chat_tokenizer, **options)[0].rows == 1
+
+
+def test_messages_without_a_chat_template_arent_said_to_be_rendered(plain_tokenizer: Any, tmp_path: Path) -> None:
+    rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
+    events: list[Any] = []
+    values: dict[str, object] = {"dataset": str(write_rows(tmp_path / "rows.jsonl", rows)), "tokenizer": "any"}
+    with pytest.raises(InputRefused, match="found rows of messages and no chat template") as caught:
+        with_tokenizer(plain_tokenizer, values, events.append)
+    assert events == [Notice("read as messages rows")]
+    assert "--template chatml" in caught.value.hint
+    assert "--tokenizer" not in caught.value.hint, "train and evaluate have none"
+
+
 def test_a_file_that_is_no_template_is_refused(chat_tokenizer: Any, tmp_path: Path) -> None:
     (tmp_path / "mine.jinja").write_text("{% for %}")
     with pytest.raises(InputRefused, match=r"mine\.jinja: found .*, need a Jinja template"):

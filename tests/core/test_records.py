@@ -227,7 +227,23 @@ def test_a_later_row_of_another_format_is_refused(row_format: str, columns: dict
 
 
 def test_messages_that_are_missing_are_refused() -> None:
-    assert "messages: found 'null'" in refused(CHATML, row_format="messages", text="a").message
+    assert "found the columns text; need messages" in refused(CHATML, row_format="messages", text="a").message
+    assert "messages: found 'null'" in refused(CHATML, row_format="messages", messages=None).message
+
+
+@pytest.mark.parametrize(
+    ("encoding", "found", "hint"),
+    [
+        ("utf-16", "found text in UTF-16, need UTF-8", "iconv -f UTF-16 -t UTF-8 "),
+        ("latin-1", "0xe9 that isn't UTF-8 ('é' in Latin-1 and Windows-1252)", "iconv -f WINDOWS-1252 -t UTF-8 "),
+        ("cp1252", "0xe9 that isn't UTF-8 ('é' in Latin-1 and Windows-1252)", "iconv -f WINDOWS-1252 -t UTF-8 "),
+    ],
+)
+def test_a_line_in_another_encoding_is_told_with_what_converts_it(encoding: str, found: str, hint: str) -> None:
+    with pytest.raises(InputRefused) as caught:
+        parse_row('{"text": "café"}\n'.encode(encoding), "rows.jsonl:7")
+    assert found in caught.value.message
+    assert hint in caught.value.hint
 
 
 SAME: Sequence[tuple[str, dict[str, Any]]] = [
