@@ -477,6 +477,10 @@ def _tokenized(work: _Work, dataset: Dataset, validation: bool) -> Iterator[_Tok
                 "found a worker process that was killed, need all of them (memory may have run out)",
                 "lower --num-workers",
             ) from None
+        except BaseException:  # Ctrl-C, which a worker inside of one instruction doesn't hear of
+            for child in children:
+                child.terminate()
+            raise
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 

@@ -140,6 +140,9 @@ def keeps_bounds(work: Callable[[], object]) -> bool:
         gc.disable()  # what this process has is the other's to finish
         status = 0
         try:
+            os.closerange(
+                0, os.sysconf("SC_OPEN_MAX")
+            )  # or pipes stay open where the other one is ended before this one
             work()
         except (TakesTooLong, MemoryError):
             status = 1

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from multiprocessing import forkserver
@@ -31,6 +32,7 @@ from lorakit.core.preparing import prepare
 from lorakit.core.templates import builtin_names, builtin_source
 from lorakit.core.tokenization import spec_of
 from tests.conftest import CHATML, ROWS, Ran, make_tokenizer, unmasked
+from tests.core.test_untrusted import ONE_INSTRUCTION
 
 BOS, EOS = b"<|im_start|>", b"<|im_end|>"
 PAD = EOS  # what fills blocks
@@ -932,6 +934,22 @@ def test_a_worker_that_is_killed_is_told(
     with pytest.raises(told, match=found):
         with_tokenizer(chat_tokenizer, values, kill_workers)
     assert not (tmp_path / "out").exists()
+
+
+def test_ctrl_c_ends_workers_inside_of_one_instruction(rows_file: Path, tiny_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "endless.jinja").write_text(ONE_INSTRUCTION + "{{ messages }}")
+    command = [sys.executable, "-m", "lorakit", "prepare", str(rows_file), "--tokenizer", str(tiny_llama)]
+    command += ["--template", str(tmp_path / "endless.jinja"), "--num-workers", "2"]
+    ran = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert ran.stderr is not None
+    while b"rendered by endless.jinja" not in ran.stderr.readline():
+        assert ran.poll() is None
+    time.sleep(2)
+    began = time.monotonic()
+    ran.send_signal(signal.SIGINT)
+    ran.communicate(timeout=100)
+    assert ran.returncode == 130
+    assert time.monotonic() - began < 8, "a text may take 15 s"
 
 
 def active_workers() -> list[int]:
