@@ -23,6 +23,7 @@ def run(config: "PrepareConfig", console: "Console") -> None:
     for row in prepared.preview:
         console.preview(row.place, row.runs, ids=config.preview.preview_ids)
     dropped = sum(figures["dropped_by_reason"].values())
+    kept = figures["rows"] - figures["rejected"] - dropped
     held_out = f", {prepared.validation_blocks:,} of them held out" if prepared.validation_blocks else ""
     all_blocks = prepared.blocks + prepared.validation_blocks
     lengths = [f"≤ {length}: {count:,}" for length, count in figures["lengths"].items()]
@@ -34,14 +35,18 @@ def run(config: "PrepareConfig", console: "Console") -> None:
         "trained tokens": f"{figures['trained_tokens']:,}, {figures['trained_tokens'] / max(figures['tokens'], 1):.1%}",
         "lengths": ", ".join(lengths),
         "longest": f"{figures['longest_tokens']:,} tokens, {figures['longest_row']}",
-        "ends trained": f"{figures['ends_trained'] / max(figures['rows'] - figures['rejected'], 1):.1%} of the rows",
+        "ends trained": f"{figures['ends_trained'] / max(kept, 1):.1%} of the rows",
     }
+
+    def rows(name: str) -> str:
+        return f"{figures[name]:,} {'row' if figures[name] == 1 else 'rows'}"
+
     unusual = {
-        "split": f"{figures['split']:,} rows longer than a block",
-        "truncated": f"{figures['truncated']:,} rows, {figures['answers_truncated']:,} of them in what is trained",
-        "rejected": f"{figures['rejected']:,} rows, in {prepared.path / 'rejected.jsonl'}",
-        "pieces_dropped": f"{figures['pieces_dropped']:,} pieces of split rows with nothing to train on",
-        "double_bos": f"{figures['double_bos']:,} rows begin with two begin tokens",
+        "split": f"{rows('split')} longer than a block",
+        "truncated": f"{rows('truncated')}, {figures['answers_truncated']:,} of them in what is trained",
+        "rejected": f"{rows('rejected')}, in {prepared.path / 'rejected.jsonl'}",
+        "pieces_dropped": f"{figures['pieces_dropped']:,} of the pieces of split rows with nothing to train on",
+        "double_bos": f"{rows('double_bos')} with two begin tokens at the beginning",
     }
     summary |= {name.replace("_", " "): text for name, text in unusual.items() if figures[name]}
     console.summary(summary | ({"dropped": ", ".join(reasons)} if dropped else {}))

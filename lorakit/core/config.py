@@ -331,7 +331,10 @@ class RowsSection(Section):
         metavar="FORMAT",
     )
     columns: Renamings = setting(
-        (), "Columns that the rows name otherwise: prompt=question,completion=answer.", metavar="NAME=COLUMN"
+        (),
+        "Columns that the rows name otherwise: prompt=question,completion=answer.",
+        metavar="NAME=COLUMN",
+        need="NAME=COLUMN, separated by commas",
     )
     max_rows: int | None = setting(None, "Take only the first rows.", ge=1)
     validation_split: float = setting(0.0, "Share of the rows that is held out for validation.", ge=0, lt=1)
@@ -858,7 +861,10 @@ class EvaluationRowsSection(Section):
     subset: str | None = setting(None, "Configuration of a hub dataset, or a sub-folder.", metavar="NAME")
     revision: str | None = setting(None, "Branch, tag or commit of a hub dataset.", metavar="REVISION")
     columns: Renamings = setting(
-        (), "Columns that the rows name otherwise: prompt=question,completion=answer.", metavar="NAME=COLUMN"
+        (),
+        "Columns that the rows name otherwise: prompt=question,completion=answer.",
+        metavar="NAME=COLUMN",
+        need="NAME=COLUMN, separated by commas",
     )
     template: Template = setting(
         "auto",

@@ -52,6 +52,13 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def stamp(path: Path) -> tuple[int, int, int, int]:
+    """Device, number, size and time of the last change (ns) of a file: others where it is another one, or was changed.
+    Raises OSError."""
+    found = path.stat()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
 def described(path: Path) -> dict[str, Any]:
     """Size and hash of a file, as a manifest lists it. Raises OSError."""
     return {"bytes": path.stat().st_size, "sha256": sha256(path)}
@@ -137,8 +144,8 @@ def fsync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Replace one small file, whole or not at all. Raises DiskFailed."""
+def write_file(path: Path, content: Content) -> None:
+    """Replace one file, whole or not at all. Raises DiskFailed."""
     stage = path.with_name(f".stage-{path.name}-{uuid.uuid4().hex}")
     try:
         try:

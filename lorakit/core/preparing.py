@@ -20,14 +20,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, fields, replace
-from multiprocessing import connection, forkserver, get_context, parent_process
+from multiprocessing import active_children, connection, forkserver, get_context, parent_process
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lorakit.core import artifacts, disk
+from lorakit.core import artifacts, disk, untrusted
 from lorakit.core.blocks import BYTES_PER_TOKEN, TEMPLATE, TRAINING, VALIDATION, ShardMaker
 from lorakit.core.config import (
     DatasetSection,
@@ -41,17 +42,20 @@ from lorakit.core.config import (
     TrainDataSection,
 )
 from lorakit.core.environment import cache_folder, one_thread_for_tokenizers, usable_cores
-from lorakit.core.errors import InputRefused, OutOfMemory, UsageError
+from lorakit.core.errors import InputRefused, Mismatch, OutOfMemory, UsageError
 from lorakit.core.events import Notice, Progress, Report
 from lorakit.core.hub import model_folder
 from lorakit.core.packing import Packer, cut
 from lorakit.core.readers import Chunk
-from lorakit.core.records import Renderer, detect_format, parse_row
+from lorakit.core.records import COLUMNS, Renderer, detect_format, parse_row
 from lorakit.core.sources import Dataset, open_dataset
 from lorakit.core.templates import Template, TemplateRefused, builtin_source
 from lorakit.core.tokenization import Codec, Document, TokenizerSpec, load_spec
 
 REJECTED = "rejected.jsonl"
+
+_RENDERING = 2
+"""Counted up where the same rows become other documents than before, so that earlier blocks aren't taken for theirs."""
 
 _WORTH_A_WORKER_BYTES = 2 * 2**20
 _CHUNKS_AHEAD = 3  # for each worker
@@ -76,7 +80,7 @@ class Figures:
     pieces_dropped: int = 0
     """Pieces of split rows that hold nothing to train on."""
     ends_trained: int = 0
-    """Rows whose last trained token is one that ends a turn or text."""
+    """Rows whose last trained token, of what was left of them, is one that ends a turn or text."""
     double_bos: int = 0
     dropped_by_reason: Counter[str] = field(default_factory=Counter)
     lengths: Counter[int] = field(default_factory=Counter)
@@ -157,15 +161,18 @@ class _Tokenized:
 def prepare(config: PrepareConfig, report: Report) -> Prepared:
     """Make the blocks folder of a dataset, or find the one that the same request has made before.
 
-    Raises InputRefused (a row that can't be used, nothing to train on), Mismatch (other blocks at the output),
-    HubFailed, Busy and DiskFailed. Without an output, a second run of the same request waits for the first.
+    Raises InputRefused (a row that can't be used, nothing to train on), Mismatch (other blocks at the output, data that
+    changed while it was read), HubFailed, Busy and DiskFailed. Without an output, a second run of the same request
+    waits for the first.
     """
     spec = load_spec(model_folder(config.data.tokenizer), config.tokens.add_tokens)
     dataset, validation = _datasets(config, report)
     if _workers(config, dataset) > 1:
         _start_server()
+    sources = [source for source in (dataset, validation) if source is not None]
+    stamps = [source.stamps() for source in sources]
     parents = {"dataset": dataset.fingerprint(), "tokenizer": spec.fingerprint}
-    parents["template"] = artifacts.fingerprint(_given_template(config.packing.template))
+    parents["template"] = artifacts.fingerprint([_RENDERING, *_given_template(config.packing.template)])
     if validation is not None:
         parents["validation dataset"] = validation.fingerprint()
     key = artifacts.fingerprint([artifacts.FORMAT, config.identity(), parents])[:16]
@@ -179,7 +186,9 @@ def prepare(config: PrepareConfig, report: Report) -> Prepared:
             artifacts.as_dataclass(Figures, found.figures, target / disk.MANIFEST)  # or refused
             return replace(found, preview=preview)
         facts: dict[str, Any] = {}
-        files = _files(work, dataset, validation, target, facts, report)
+        kept = cache_folder() / "rejected" / f"{key}.jsonl"
+        made = _files(work, dataset, validation, target, kept, facts, report)
+        files = itertools.chain(made, _unchanged(sources, stamps))
         artifacts.commit(target, "blocks", files, config=config, parents=parents, facts=facts)
     return Prepared(path=target, preview=preview, cached=False, **facts)
 
@@ -216,11 +225,13 @@ def _datasets(config: PrepareConfig, report: Report) -> tuple[Dataset, Dataset |
         default_splits=("validation", "test", "train"),
         report=report,
     )
-    if validation.files == dataset.files:
-        raise UsageError(
-            f"--validation-dataset: found the same files as for training ({dataset.files[0].name}), need others",
-            "name other files, or hold rows out with --validation-split",
-        )
+    trained_on = {stamp[:2] for stamp in dataset.stamps()}
+    for file, stamp in zip(validation.files, validation.stamps(), strict=True):
+        if stamp[:2] in trained_on:
+            raise UsageError(
+                f"--validation-dataset: found a file that is also trained on ({file.name}), need others",
+                "name other files, or hold rows out with --validation-split",
+            )
     return dataset, validation
 
 
@@ -253,23 +264,38 @@ def _given_template(name: str) -> tuple[str, str]:
 def _work(config: PrepareConfig, spec: TokenizerSpec, dataset: Dataset, report: Report) -> _Work:
     """Decide by the first row what rows are and how they become text, and say so."""
     row_format: str = config.rows.format
+    unknown = [name for name in config.rows.renamed if name not in COLUMNS]
+    if unknown and not _of_rows(config, spec):
+        raise UsageError(
+            f"--columns {unknown[0]}={config.rows.renamed[unknown[0]]}: found the name {unknown[0]}, need one of "
+            f"{', '.join(COLUMNS)}",
+            "NAME is what a format calls the column; a --template FILE.jinja of rows takes any",
+        )
     chunks = dataset.chunks()
+    all_bad = False
     if row_format == "auto":
         for place, raw in (found for chunk in chunks for found in _raw_rows(chunk)):
             try:
                 row = parse_row(raw, place)
             except InputRefused:
                 if config.rows.on_bad_row == "skip":
+                    all_bad = True
                     continue
                 raise
+            all_bad = False
             columns = {**dict.fromkeys(config.rows.renamed), **row.columns}
             row_format = detect_format(columns, place) if not _of_rows(config, spec) else "columns"
             break
         else:
-            raise InputRefused(f"{' '.join(dataset.names)}: found no rows, need at least one", "check the files")
+            if not all_bad:
+                raise InputRefused(f"{' '.join(dataset.names)}: found no rows, need at least one", "check the files")
+            row_format = "text"  # or any other: they are rejected with their reasons when they are read again
     template = _chosen_template(config, spec, row_format)
-    how = "plain joining" if template is None else template[1]
-    report(Notice(f"read as {row_format} rows" + ("" if row_format == "text" else f", rendered by {how}")))
+    how = f", rendered by {'plain joining' if template is None else template[1]}"
+    if row_format == "text" or (template is None and row_format in ("messages", "sharegpt")):
+        how = ""  # the second can't be, which each row says
+    if not all_bad:
+        report(Notice(f"read as {row_format} rows{how}"))
     for note in spec.notes:
         report(Notice(note))
     return _Work(spec, row_format, template, config)
@@ -365,9 +391,6 @@ class _Maker:
             figures.longest_tokens, figures.longest_row = len(tokens), place
         bos_id = self.work.spec.bos_id
         figures.double_bos += bos_id is not None and len(tokens) > 1 and int(tokens[0]) == int(tokens[1]) == bos_id
-        from_last = int(document.trained[::-1].argmax())  # 0 also where nothing is trained
-        last = len(tokens) - 1 - from_last
-        figures.ends_trained += last >= 0 and bool(document.trained[last]) and int(tokens[last]) in self.end_ids
         pieces = [document]
         if len(tokens) > packing.block_size and packing.pack != "concat":
             if packing.long == "drop":
@@ -383,8 +406,10 @@ class _Maker:
         useful = [piece for piece in pieces if piece.trained.any()]
         if not useful:
             figures.dropped_by_reason["nothing to train on"] += 1
-        elif len(useful) < len(pieces):
-            figures.pieces_dropped += len(pieces) - len(useful)
+            return []
+        figures.pieces_dropped += len(pieces) - len(useful)
+        last_trained = useful[-1].tokens[np.flatnonzero(useful[-1].trained)[-1]]
+        figures.ends_trained += int(last_trained) in self.end_ids
         return useful
 
 
@@ -431,18 +456,31 @@ def _tokenized(work: _Work, dataset: Dataset, validation: bool) -> Iterator[_Tok
         return
     with ProcessPoolExecutor(workers, get_context("forkserver"), _start_worker, (work,)) as pool:
         pending: deque[Any] = deque()
+        children: list[BaseProcess] = []
         try:
             for job in jobs:
                 pending.append(pool.submit(_work_on, *job))
+                children = children or active_children()
                 if len(pending) > _CHUNKS_AHEAD * workers:
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()
         except BrokenProcessPool:
+            pool.shutdown()
+            if any(child.exitcode == -signal.SIGPROF for child in children):
+                raise InputRefused(
+                    f"{' '.join(dataset.names)}: found a row that the template renders without end (over "
+                    f"{untrusted.HARD} times the CPU time of a text), need one that it can render",
+                    "choose another --template, or look at what it does",
+                ) from None
             raise OutOfMemory(
                 "found a worker process that was killed, need all of them (memory may have run out)",
                 "lower --num-workers",
             ) from None
+        except BaseException:  # Ctrl-C, which a worker inside of one instruction doesn't hear of
+            for child in children:
+                child.terminate()
+            raise
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -514,12 +552,19 @@ class _Part:
 
 
 def _files(
-    work: _Work, dataset: Dataset, validation: Dataset | None, target: Path, facts: dict[str, Any], report: Report
+    work: _Work,
+    dataset: Dataset,
+    validation: Dataset | None,
+    target: Path,
+    kept: Path,
+    facts: dict[str, Any],
+    report: Report,
 ) -> Iterator[tuple[str, disk.Content]]:
-    """The files of a blocks folder as they are made; `facts` is filled at the end. Raises InputRefused."""
+    """The files of a blocks folder as they are made; `facts` is filled at the end. Raises InputRefused; where all rows
+    are rejected, there is no folder that could hold them, and they are written to `kept`."""
     config, figures, started = work.config, Figures(), time.monotonic()
     parts = [_Part(name, config, work.spec.pad_id) for name in (TRAINING, VALIDATION)]
-    room_checked = False
+    room_checked, first_reason = False, ""
     total_mib = (dataset.size_bytes + (validation.size_bytes if validation else 0)) / 2**20
     with tempfile.TemporaryFile() as rejected, contextlib.ExitStack() as stack:
         before_bytes = 0
@@ -530,6 +575,7 @@ def _files(
             stack.callback(results.close)  # type: ignore[attr-defined]
             for result in results:
                 figures.add(result.figures)
+                first_reason = first_reason or (str(result.rejected[0]["reason"]) if result.rejected else "")
                 rejected.writelines(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in result.rejected)
                 for document, is_held_out in result.documents():
                     for file in parts[is_held_out].add(document):
@@ -546,9 +592,27 @@ def _files(
             yield from part.rest()
         if figures.rejected:
             rejected.seek(0)
-            yield REJECTED, iter(lambda: rejected.read(2**20), b"")
+            pieces = iter(lambda: rejected.read(2**20), b"")
+            if figures.rejected == figures.rows:
+                disk.make_folder(kept.parent)
+                disk.write_file(kept, pieces)
+                rows = f"{' '.join(dataset.names)}: found {_counted(figures.rows, 'row')}"
+                raise InputRefused(
+                    f"{rows}, all rejected, need one to train on; the first: {first_reason}",
+                    f"all of them stand in {kept}, each with its reason",
+                )
+            yield REJECTED, pieces
     training, held = (part.shards.num_blocks for part in parts)
+    share = config.rows.validation_split
+    if share and held and not training and validation is None:
+        raise InputRefused(
+            f"{' '.join(dataset.names)}: found {_counted(figures.rows, 'row')}, all that can be used held out by "
+            f"--validation-split {share:g}, need one to train on",
+            "lower --validation-split, or give more rows",
+        )
     _refuse_nothing(dataset, figures, training)
+    if share and not held:
+        report(Notice(f"--validation-split {share:g} held out none of {_counted(figures.rows, 'row')}"))
     yield from _template_file(work)
     room_tokens = (training + held) * config.packing.block_size
     facts |= {
@@ -565,6 +629,18 @@ def _files(
     }
 
 
+def _unchanged(sources: Sequence[Dataset], stamps: Sequence[Sequence[tuple[int, ...]]]) -> Iterator[NoReturn]:
+    """No file of its own. Raises Mismatch where what was read needn't be what was hashed."""
+    for source, before in zip(sources, stamps, strict=True):
+        for file, old, new in zip(source.files, before, source.stamps(), strict=True):
+            if old != new:
+                raise Mismatch(
+                    f"{file.name}: found that it changed while it was read, need it as it was",
+                    "wait until it is written, then run the same command again",
+                )
+    yield from ()
+
+
 def _require_room(target: Path, tokens: int, done_bytes: int, size_bytes: int) -> None:
     """Raises DiskFailed early where what is to come won't fit beside `target`, by what came of the first part."""
     disk.require_free_bytes(target, round(tokens * size_bytes / max(done_bytes, 1) * BYTES_PER_TOKEN))
@@ -575,10 +651,15 @@ def _refuse_nothing(dataset: Dataset, figures: Figures, blocks: int) -> None:
         return
     reasons = figures.dropped_by_reason | Counter({"rejected": figures.rejected})
     why = "; ".join(f"{count} {reason}" for reason, count in reasons.items() if count)
+    rows = f"{' '.join(dataset.names)}: found {_counted(figures.rows, 'row')}"
     raise InputRefused(
-        f"{' '.join(dataset.names)}: found {figures.rows} rows with no token to train on ({why}), need at least one",
+        f"{rows} with no token to train on ({why}), need at least one",
         "check that the files have rows, that completions aren't empty and that --block-size holds them",
     )
+
+
+def _counted(number: int, thing: str) -> str:
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
 
 def _template_file(work: _Work) -> Iterator[tuple[str, bytes]]:

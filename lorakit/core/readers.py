@@ -195,12 +195,14 @@ def _json(file: File) -> Iterator[_Piece]:
 
 
 def _rows_in(value: Any, name: str) -> list[Any]:
-    """The rows of a JSON file: its array, or the only list of objects in its object."""
+    """The rows of a JSON file: its array, or its object where that is a row, or the only list of objects in it."""
     if isinstance(value, list):
         return value
     hint = "write the rows as a JSON array of objects, or as JSONL"
     if not isinstance(value, dict):
         raise InputRefused(f"{name}: found {_short(value)}, need an array of objects", hint)
+    if _is_row(value):
+        return [value]
     lists = {key: item for key, item in value.items() if isinstance(item, list)}
     of_objects = [key for key, items in lists.items() if items and all(isinstance(item, dict) for item in items)]
     if len(of_objects) == 1:
@@ -210,6 +212,19 @@ def _rows_in(value: Any, name: str) -> list[Any]:
     else:
         found = f"an object {'of columns' if lists else 'without a list of objects'} ({', '.join(value) or 'empty'})"
     raise InputRefused(f"{name}: found {found}, need an array of objects", hint)
+
+
+def _is_row(value: Mapping[str, Any]) -> bool:
+    """Whether an object is one row of a known format: lists of rows or columns aren't, lists of turns are."""
+    lists = [item for item in value.values() if isinstance(item, list)]
+    turns = [
+        item for item in lists if item and all(isinstance(turn, dict) and {"role", "from"} & set(turn) for turn in item)
+    ]
+    try:
+        records.detect_format(value, "")
+    except InputRefused:
+        return False
+    return bool(turns) or not lists
 
 
 def _short(value: Any) -> str:
@@ -248,6 +263,7 @@ def _csv(file: File) -> Iterator[_Piece]:
                     continue  # a blank line
                 if not header:
                     header = _checked_columns(fields, file.name)
+                    _refuse_delimiter(header, file)
                     continue
                 number += 1
                 if len(fields) != len(header):
@@ -269,15 +285,25 @@ def _csv(file: File) -> Iterator[_Piece]:
             yield raws, done_bytes()
 
 
+def _refuse_delimiter(header: Sequence[str], file: File) -> None:
+    """Raises InputRefused where the only column's name is a whole header with another delimiter."""
+    names = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
+    own = "\t" if file.kind == "tsv" else ","
+    other = next((sign for sign in names if sign in header[0]), None) if len(header) == 1 else None
+    if other is not None:
+        hint = "name it .tsv" if other == "\t" else f"write it with {names[own]} (pandas: read_csv(…, sep={other!r}))"
+        raise InputRefused(
+            f"{file.name}: found columns separated by {names[other]} ({header[0]}), need {names[own]} in {file.kind}",
+            hint,
+        )
+
+
 def _decoded(file: File, stream: IO[bytes]) -> Iterator[str]:
     for number, line in _numbered_lines(file, stream):
         try:
             yield line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
-            byte = error.object[error.start]
-            raise InputRefused(
-                f"{file.name}:{number}: found byte 0x{byte:02x} that isn't UTF-8, need UTF-8", "convert it to UTF-8"
-            ) from None
+            raise records.not_utf8(f"{file.name}:{number}", error) from None
 
 
 def _checked_columns(columns: Sequence[str], name: str) -> list[str]:
@@ -306,11 +332,7 @@ def _txt(file: File) -> Iterator[_Piece]:
             try:
                 text = piece.decode()
             except UnicodeDecodeError as error:
-                raise InputRefused(
-                    f"{file.name}: found byte 0x{piece[error.start]:02x} at offset {start + error.start} that isn't "
-                    "UTF-8, need UTF-8",
-                    "convert it to UTF-8",
-                ) from None
+                raise records.not_utf8(f"{file.name}: offset {start + error.start}", error) from None
             yield [{"text": text.removeprefix("\ufeff") if start == 0 else text}], done_bytes()
             start += len(piece)
 

@@ -1,5 +1,6 @@
 """Rows of a dataset → text and the character spans of it that are trained on."""
 
+import codecs
 import itertools
 import json
 import re
@@ -24,6 +25,11 @@ _PAIRS = (
 )
 """Columns that hold a prompt and its completion."""
 _TEXT = ("text", "content")
+COLUMNS = (
+    *("messages", "tools", "conversations", "prompt", "chosen", "rejected"),
+    *("completion", "response", "question", "answer", "query", "instruction", "input", "output", *_TEXT),
+)
+"""The names that formats know columns by."""
 _ROLES: Mapping[str, str] = {
     **{role: role for role in ("system", "developer", "user", "assistant", "tool")},
     **{"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"},
@@ -87,8 +93,7 @@ def parse_json(raw: bytes, place: str) -> Any:
     try:
         value = untrusted.parse_json(raw)
     except UnicodeDecodeError as error:
-        found = f"byte 0x{error.object[error.start]:02x} that isn't UTF-8"
-        raise InputRefused(f"{place}: found {found}, need UTF-8", _JSON_LINE) from None
+        raise not_utf8(place, error) from None
     except json.JSONDecodeError as error:
         raise InputRefused(f"{place}: found {_short(raw)} ({error.msg}), need a JSON object", _JSON_LINE) from None
     except ValueError as error:
@@ -97,6 +102,21 @@ def parse_json(raw: bytes, place: str) -> Any:
         found = "half of a surrogate pair (\\ud800 … \\udfff)"
         raise InputRefused(f"{place}: found {found}, need whole characters", _JSON_LINE)
     return value
+
+
+def not_utf8(place: str, error: UnicodeDecodeError) -> InputRefused:
+    """The refusal of bytes from the beginning of a file or line, with the encoding that they are likely in."""
+    byte = error.object[error.start : error.start + 1]
+    if error.object[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        encoding, found = "UTF-16", "text in UTF-16"
+    else:
+        encoding = "WINDOWS-1252"  # which has Latin-1's letters
+        letter = byte.decode("cp1252", errors="replace")
+        found = f"byte 0x{byte.hex()} that isn't UTF-8 ({letter!r} in Latin-1 and Windows-1252)"
+    return InputRefused(
+        f"{place}: found {found}, need UTF-8",
+        f"convert it: iconv -f {encoding} -t UTF-8 FILE > NEW (or correct that byte)",
+    )
 
 
 def parse_row(raw: bytes | Mapping[str, Any], place: str) -> Row:
@@ -192,7 +212,7 @@ class Renderer:
                 return self._joined(*(message["content"] for message in conversation.messages))
             raise InputRefused(
                 f"{row.place}: found rows of messages and no chat template, need one",
-                "choose a --tokenizer that has a chat template (an instruct model's), or --template chatml",
+                "add --template chatml, or choose a model whose tokenizer has a chat template (an instruct model)",
             )
         return self._by_messages(conversation, row, self._template)
 
@@ -207,13 +227,16 @@ class Renderer:
         rest = {name: value for name, value in row.columns.items() if name not in self._columns.values()}
         return Row({**rest, **taken}, row.place)
 
-    def _text(self, row: Row, column: str, *, empty: bool = False) -> str:
+    def _value(self, row: Row, column: str) -> Any:
         if column not in row.columns:
             raise InputRefused(
                 f"{row.place}: found the columns {', '.join(map(str, row.columns)) or '(none)'}; need {column}",
                 "all rows have the same format; see --format and --columns",
             )
-        text = row.columns[column]
+        return row.columns[column]
+
+    def _text(self, row: Row, column: str, *, empty: bool = False) -> str:
+        text = self._value(row, column)
         if not isinstance(text, str) or not (text or empty) or "\0" in text:
             raise InputRefused(f"{row.place}: {column}: found {_short(text)}, need text", _CORRECT)
         return text
@@ -275,7 +298,7 @@ class Renderer:
         return _Conversation(messages, trained_from, tools or None)
 
     def _list(self, row: Row, column: str) -> list[Any]:
-        found = row.columns.get(column)
+        found = self._value(row, column)
         if not isinstance(found, list) or not found:
             raise InputRefused(f"{row.place}: {column}: found {_short(found)}, need a list of role + content", _CORRECT)
         return found
@@ -323,7 +346,9 @@ class Renderer:
             before = self._list(row, "prompt") if isinstance(prompt, list) else []
             if isinstance(prompt, str) and _are_messages(chosen) and chosen[0].get("role") == "assistant":
                 before = [{"role": "user", "content": prompt}]
-            whole = before + self._list(row, "chosen")
+            whole = self._list(row, "chosen")
+            if whole[: len(before)] != before:  # as some sets have it: the answer alone
+                whole = before + whole
             return whole, len(whole) - 1
         text = self._text(row, "chosen")
         if prompt is not None:
@@ -446,22 +471,38 @@ class Renderer:
     ) -> tuple[int, int]:
         """The span of a turn in a text whose template rewrites what came earlier: the part that changes with it.
 
-        The conversation is rendered with something else in its place, twice; what stands before and after that has to
-        be the text's own beginning and end.
+        The conversation is rendered with a plain message in its place, twice; what stands before and after what that
+        says has to be the text's own beginning and end. So whatever the turn says is in its span, its calls of tools
+        too; and what ends a turn, as it stands where the conversation ends with that message.
         """
         edges = set()
         for sentinel in _SENTINELS:
-            changed = list(conversation.messages)
-            changed[index] = {**changed[index], "content": sentinel}
-            parts = template.chat(changed, open_turn=False, tools=conversation.tools).text.split(sentinel)
-            if len(parts) != 2 or not (text.startswith(parts[0]) and text.endswith(parts[1])):
+            plain = {"role": "assistant", "content": sentinel}
+            shown = [*conversation.messages[:index], plain, *conversation.messages[index + 1 :]]
+            try:
+                before, after = self._around(sentinel, shown, conversation.tools, template)
+                _, ending = self._around(sentinel, shown[: index + 1], conversation.tools, template)
+            except ValueError:  # a template that refuses it, or shows it not once
+                raise _not_located(row, template, index) from None
+            ending = ending[: self._turn_end(ending, 0)]
+            if not after.startswith(ending):  # what only the last turn ends with
+                ending = next((token for token in self._end_tokens if after.startswith(token)), "")
+                if not ending:
+                    raise _not_located(row, template, index)
+            if not (text.startswith(before) and text.endswith(after)):
                 raise _not_located(row, template, index)
-            edges.add((len(parts[0]), len(text) - len(parts[1])))
-        start, end = edges.pop()
+            edges.add((len(before), len(text) - len(after), len(ending)))
+        start, end, ending_length = edges.pop()
         if edges or end < start:
             raise _not_located(row, template, index)
-        ending = next((token for token in self._end_tokens if text.startswith(token, end)), "")
-        return start, end + len(ending)
+        return start, end + ending_length
+
+    def _around(
+        self, sign: str, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None, template: Template
+    ) -> tuple[str, str]:
+        """What a template writes before and after `sign`. Raises ValueError where it isn't there once."""
+        before, after = template.chat(messages, open_turn=False, tools=tools).text.split(sign)
+        return before, after
 
     def _turn_end(self, closed: str, start: int) -> int:
         """Where the trained part of a turn ends: after its end token; a line break that follows isn't trained."""

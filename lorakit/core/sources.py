@@ -5,6 +5,7 @@
 Nothing of a row is looked at here but where it begins and ends; no code that comes with a dataset is run.
 """
 
+import datetime
 import glob
 import os
 import re
@@ -14,14 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from lorakit.core import artifacts, disk, records
-from lorakit.core.errors import InputRefused, disk_failed, first_line
+from lorakit.core import artifacts, disk
+from lorakit.core.errors import InputRefused, disk_failed
 from lorakit.core.events import Notice, Report
 from lorakit.core.hub import DATA_KINDS, PACKINGS, dataset_snapshot
 from lorakit.core.readers import Chunk, File, kind_of, read_chunks, size_bytes_of
-from lorakit.core.untrusted import TakesTooLong, bounded
+from lorakit.core.untrusted import TakesTooLong, bounded, parse_yaml, read_json_object
 
 _KNOWN = f"{', '.join(DATA_KINDS)}, also with {' or '.join(PACKINGS)} behind"
 _LEFT_OUT = re.compile(r"readme\..*|licen[sc]e(\..*)?|dataset_(info|infos|dict)\.json|state\.json", re.IGNORECASE)
@@ -34,6 +33,7 @@ _CONVERTED = re.compile(r"([^/]+)/(?:partial-)?([^/]+)/[0-9]{4}\.parquet")
 _CONVERTED_REVISION = "refs/convert/parquet"
 _MAX_README_BYTES = 2**20
 _CPU_SECONDS = 10.0  # for what someone wrote into it
+_SAVE_AGAIN = "save the dataset again with save_to_disk"
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,11 @@ class Dataset:
 
     def fingerprint(self) -> str:
         """The hash of every file's kind and bytes, in order; names, places and times don't count. Raises DiskFailed."""
-        parts = []
-        for file in self.files:
-            try:
-                parts.append([file.kind, disk.sha256(file.path)])
-            except OSError as error:
-                raise disk_failed(error, file.path) from error
-        return artifacts.fingerprint(parts)
+        return artifacts.fingerprint([[file.kind, _on_disk(file, disk.sha256)] for file in self.files])
+
+    def stamps(self) -> list[tuple[int, int, int, int]]:
+        """`disk.stamp` of every file, in order. Raises DiskFailed."""
+        return [_on_disk(file, disk.stamp) for file in self.files]
 
     def chunks(self) -> Iterator[Chunk]:
         """The raw rows of all files, in order, a chunk at a time.
@@ -68,6 +66,13 @@ class Dataset:
         for file in self.files:
             yield from read_chunks(file, before_bytes)
             before_bytes += size_bytes_of(file)
+
+
+def _on_disk(file: File, look: Callable[[Path], Any]) -> Any:
+    try:
+        return look(file.path)
+    except OSError as error:
+        raise disk_failed(error, file.path) from error
 
 
 @dataclass(frozen=True)
@@ -154,12 +159,15 @@ def _file(path: Path, name: str) -> File:
 
 def _matching(pattern: str) -> list[File]:
     try:
-        found = sorted(name for name in glob.glob(pattern, recursive=True) if os.path.isfile(name))
+        found = [name for name in glob.glob(pattern, recursive=True) if os.path.isfile(name)]
     except ValueError:  # a NUL byte
         found = []
     if not found:
         raise InputRefused(f"{pattern}: found no file that matches, need at least one", "check the pattern")
-    return [_file(Path(name), name) for name in found]
+    nearest: dict[str, str] = {}  # of the names of one file, which links give it
+    for name in sorted(found, key=lambda name: (name.count("/"), name)):
+        nearest.setdefault(os.path.realpath(name), name)
+    return [_file(Path(name), name) for name in sorted(nearest.values())]
 
 
 def _on_hub(name: str, choice: _Choice, revision: str | None, timeout_seconds: float, report: Report) -> list[File]:
@@ -190,7 +198,7 @@ def _in_folder(folder: Path, name: str, choice: _Choice, report: Report) -> list
         return files
     if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
         _refuse_subset(subset, name)
-        own = _metadata(folder / "state.json", f"{name}/state.json").get("_split")
+        own = read_json_object(folder / "state.json", _SAVE_AGAIN).get("_split")
         if split is not None and split != own:
             _chosen("split", split, [str(own)], None, name)
         return _saved(folder, name, "")
@@ -255,7 +263,8 @@ def _tell(
 
 
 def _data_paths(folder: Path) -> list[str]:
-    """Every file of a known kind in `folder`, sorted, relative to it; links are followed, but not in circles."""
+    """Every file of a known kind in `folder`, sorted, relative to it; links are followed, but not in circles. What
+    lorakit made in there (blocks, runs) is no data."""
 
     def walk(inside: str, above: tuple[str, ...]) -> Iterator[str]:
         real = os.path.realpath(folder / inside)
@@ -266,7 +275,8 @@ def _data_paths(folder: Path) -> list[str]:
             if entry.name.startswith("."):
                 continue
             if entry.is_dir():
-                yield from walk(path, (*above, real))
+                if not artifacts.is_artifact(folder / path):
+                    yield from walk(path, (*above, real))
             elif entry.is_file() and kind_of(path) is not None and not _LEFT_OUT.fullmatch(entry.name):
                 yield path
 
@@ -334,7 +344,7 @@ def _refuse_subset(subset: str | None, name: str) -> None:
 
 def _listed_splits(folder: Path, name: str) -> list[str]:
     where = f"{name}/dataset_dict.json"
-    splits = _metadata(folder / "dataset_dict.json", where).get("splits")
+    splits = read_json_object(folder / "dataset_dict.json", _SAVE_AGAIN).get("splits")
     if not isinstance(splits, list) or not all(isinstance(split, str) for split in splits):
         raise InputRefused(f"{where}: found no list of splits, need it as save_to_disk wrote it", "save it again")
     return splits
@@ -345,7 +355,7 @@ def _saved(folder: Path, name: str, split: str) -> list[File]:
     inside = f"{split}/" if split else ""
     where = f"{name}/{inside}state.json"
     _refuse_leaving(inside, where, folder)
-    state = _metadata(folder / inside / "state.json", where)
+    state = read_json_object(folder / inside / "state.json", _SAVE_AGAIN)
     listed = state.get("_data_files")
     if state.get("_indices_data_files"):
         raise InputRefused(
@@ -375,18 +385,6 @@ def _refuse_leaving(path: str, where: str, folder: Path) -> None:
     _refuse_outside(folder / path, f"{where}: {path}", folder)
 
 
-def _metadata(path: Path, name: str) -> Mapping[str, Any]:
-    try:
-        content = records.parse_json(path.read_bytes(), name)
-    except FileNotFoundError:
-        raise InputRefused(f"{name}: found no such file, need it as save_to_disk wrote it", "save it again") from None
-    except OSError as error:
-        raise disk_failed(error, path) from error
-    if not isinstance(content, dict):
-        raise InputRefused(f"{name}: found no JSON object, need it as save_to_disk wrote it", "save it again")
-    return content
-
-
 # Subsets
 
 
@@ -413,11 +411,11 @@ def _subsets(
 
 def _readme_configs(folder: Path, where: str) -> Mapping[str, Mapping[str, Any]]:
     """`configs` of the README's front matter by name, in its order; empty where it has none."""
+    if not (folder / "README.md").is_file():  # none, or what a read of may never end
+        return {}
     try:
         with (folder / "README.md").open("rb") as file:
             text = file.read(_MAX_README_BYTES).decode(errors="replace").removeprefix("\ufeff")
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
     except OSError as error:
         raise disk_failed(error, folder / "README.md") from error
     front = re.match(r"---[ \t]*\n(.*?)^---[ \t]*$", text, re.DOTALL | re.MULTILINE)
@@ -425,27 +423,33 @@ def _readme_configs(folder: Path, where: str) -> Mapping[str, Mapping[str, Any]]
         return {}
     hint = "correct it, or name the data files themselves"
     try:
-        with bounded(_CPU_SECONDS):
-            content = yaml.safe_load(front[1])
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError, TakesTooLong) as error:
-        raise InputRefused(
-            f"{where}: found front matter that isn't YAML ({first_line(error)}), need YAML", hint
-        ) from None
+        content = parse_yaml(front[1].encode())
+    except ValueError as error:
+        found = f"front matter that isn't plain YAML ({error})"
+        raise InputRefused(f"{where}: found {found}, need each key once and no aliases", hint) from None
     configs = content.get("configs") if isinstance(content, dict) else None
     if configs is None:
         return {}
     if not isinstance(configs, list) or not all(isinstance(config, dict) for config in configs):
         raise InputRefused(f"{where}: configs: found no list of subsets, need config_name and data_files of each", hint)
-    return {str(config.get("config_name", "default")): config for config in configs}
+    return {_word(config.get("config_name", "default"), f"{where}: configs"): config for config in configs}
+
+
+def _word(value: Any, where: str) -> str:
+    """A name or path in a README: text, or a number or date that was meant as such. Raises InputRefused."""
+    if not isinstance(value, str | int | float | datetime.date):
+        raise InputRefused(
+            f"{where}: found {reprlib.repr(value)}, need text", "correct it, or name the data files themselves"
+        )
+    return str(value)
 
 
 def _config_splits(config: Mapping[str, Any], folder: Path, name: str, paths: Sequence[str]) -> Mapping[str, list[str]]:
     """The files of each split that one subset of README.md names: by its patterns, or all files of its data_dir."""
     where = f"{name}/README.md: configs"
-    data_files, data_dir = config.get("data_files"), config.get("data_dir")
-    if data_dir is not None:
-        _refuse_leaving(str(data_dir), where, folder)
-    root = os.path.normpath(str(data_dir)) if data_dir else "."
+    data_files, data_dir = config.get("data_files"), _word(config.get("data_dir") or "", where)
+    _refuse_leaving(data_dir, where, folder)
+    root = os.path.normpath(data_dir) if data_dir else "."
     prefix = "" if root == "." else f"{root}/"
     if data_files is None:
         return _splits_by_name({path: path[len(prefix) :] for path in paths if path.startswith(prefix)})
@@ -478,7 +482,7 @@ def _split_entry(entry: Any, where: str) -> tuple[str, Any]:
             f"{where}: found data_files of {reprlib.repr(entry)!r}, need paths, or split and path of each",
             "correct it, or name the data files themselves",
         )
-    return str(entry.get("split", "train")), patterns
+    return _word(entry.get("split", "train"), where), patterns
 
 
 def _pattern(pattern: str, where: str) -> re.Pattern[str]:

@@ -5,12 +5,15 @@ installed packages are not. Nothing here needs torch.
 """
 
 import contextlib
+import gc
 import json
 import math
+import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -26,7 +29,8 @@ MAX_DEPTH = 64
 """Of JSON: lists and objects inside one another."""
 MAX_SETTINGS_BYTES = 4 * 2**20
 """Of a file of settings: config.json, adapter_config.json, a plan, lorakit.yaml."""
-
+HARD = 3
+"""Times of the CPU time that something may take until the process is ended."""
 
 _YAML_SECONDS = 10.0
 
@@ -99,8 +103,9 @@ def bounded(cpu_seconds: float, more_bytes: int | None = None) -> Iterator[None]
     """What runs inside may take so much CPU time, and so much memory on top of what the process has.
 
     Raises TakesTooLong and MemoryError. Python looks for the end of the time between its own instructions, and its
-    regular expressions do while they match. In threads but the first there is no bound of time, for signals go to that
-    one; outside of Linux there is none of memory.
+    regular expressions do while they match; where one instruction goes on for HARD times that time, the kernel ends the
+    process by SIGPROF. In threads but the first there is no bound of time, for signals go to that one; outside of Linux
+    there is none of memory.
     """
     timed = threading.current_thread() is threading.main_thread() and hasattr(signal, "setitimer")
     before = _limit_memory(more_bytes) if more_bytes is not None else None
@@ -108,13 +113,49 @@ def bounded(cpu_seconds: float, more_bytes: int | None = None) -> Iterator[None]
     try:
         if timed:
             signal.setitimer(signal.ITIMER_VIRTUAL, cpu_seconds, cpu_seconds)  # again, where a library swallows one
+            signal.setitimer(signal.ITIMER_PROF, HARD * cpu_seconds)
         yield
     finally:
         if timed:
+            signal.setitimer(signal.ITIMER_PROF, 0)
             signal.setitimer(signal.ITIMER_VIRTUAL, 0)
             signal.signal(signal.SIGVTALRM, handler if handler is not None else signal.SIG_DFL)
         if before is not None:
             resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def keeps_bounds(work: Callable[[], object]) -> bool:
+    """Whether `work`, which has bounds itself, keeps them: tried in a forked process, which the kernel may end.
+
+    Nothing of what it does is seen here. It may take no lock, for another thread may have held that one. Where no
+    process can be made, the kernel may have to end this one.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # that there are other threads
+        try:
+            child = os.fork()
+        except OSError:
+            return True
+    if child == 0:
+        gc.disable()  # what this process has is the other's to finish
+        status = 0
+        try:
+            os.closerange(
+                0, os.sysconf("SC_OPEN_MAX")
+            )  # or pipes stay open where the other one is ended before this one
+            work()
+        except (TakesTooLong, MemoryError):
+            status = 1
+        except Exception:  # which is seen again where it isn't tried only
+            pass
+        finally:
+            os._exit(status)
+    try:
+        return os.waitpid(child, 0)[1] == 0
+    except BaseException:  # Ctrl-C, which one instruction doesn't hear
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        raise
 
 
 class _Yaml(yaml.SafeLoader):

@@ -138,3 +138,12 @@ def test_blocks_of_another_models_tokenizer_dont_train(
     ran = cli("train", "--model", tiny_llama, "--blocks", tmp_path / "blocks", "--output", "run")
     assert ran.code == 5
     assert "blocks of another tokenizer" in ran.err
+
+
+@pytest.mark.parametrize(("count", "rows"), [(1, "1 row"), (2, "2 rows")])
+def test_one_row_is_a_row(count: int, rows: str, cli: Cli, tiny_llama: Path, tmp_path: Path) -> None:
+    long, bad = {"prompt": "a" * 40, "completion": "b" * 40}, {"prompt": "a", "completion": ""}
+    (tmp_path / "few.jsonl").write_text((json.dumps(long) + "\n" + json.dumps(bad) + "\n") * count)
+    ran = cli("prepare", "few.jsonl", "--tokenizer", tiny_llama, "--block-size", 64, "--on-bad-row", "skip")
+    assert f"{rows} longer than a block" in ran.out
+    assert f"{rows}, in " in ran.out

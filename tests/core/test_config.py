@@ -390,9 +390,9 @@ def test_columns_are_pairs(tmp_path: Path) -> None:
     assert config.rows.renamed == {"prompt": "question", "completion": "final answer"}
     mapping = ("run.yaml", {"columns": {"prompt": "question", "completion": "final answer"}})
     assert PrepareConfig.resolve((None, NEEDED[PrepareConfig]), mapping) == config
-    for value in ("prompt", "prompt=", "=question"):
+    for value in ("prompt", "prompt=", "=question", "prompt:question"):
         error = refused(PrepareConfig, (None, NEEDED[PrepareConfig]), (None, {"columns": value}))
-        assert error.message.startswith("--columns: found "), error.message
+        assert error.message == f"--columns: found {value!r}, need NAME=COLUMN, separated by commas"
 
 
 def test_the_templates_that_are_named_are_those_that_there_are() -> None:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from multiprocessing import forkserver
@@ -24,12 +25,14 @@ from safetensors.numpy import load_file
 from lorakit.core import artifacts, disk, preparing, readers
 from lorakit.core.blocks import VALIDATION, Blocks
 from lorakit.core.config import PrepareConfig
+from lorakit.core.environment import cache_folder
 from lorakit.core.errors import DiskFailed, InputRefused, Mismatch, OutOfMemory, UsageError
 from lorakit.core.events import Notice, Progress, Report
 from lorakit.core.preparing import prepare
 from lorakit.core.templates import builtin_names, builtin_source
 from lorakit.core.tokenization import spec_of
 from tests.conftest import CHATML, ROWS, Ran, make_tokenizer, unmasked
+from tests.core.test_untrusted import ONE_INSTRUCTION
 
 BOS, EOS = b"<|im_start|>", b"<|im_end|>"
 PAD = EOS  # what fills blocks
@@ -439,6 +442,17 @@ def keyed(folder: Path, opened: Any, content: bytes, name: str = "rows.jsonl", *
 CONTENT = b'{"prompt": "a", "completion": "bcd"}\n' * 3
 
 
+def test_a_folder_that_holds_the_output_is_prepared_again(chat_tokenizer: Any, tmp_path: Path) -> None:
+    (tmp_path / "d" / "deep").mkdir(parents=True)
+    (tmp_path / "d" / "rows.jsonl").write_bytes(CONTENT + b"no row\n")
+    values: dict[str, object] = {"dataset": "d", "tokenizer": "any", "on_bad_row": "skip"}
+    for output in ("d/out", "d/deep/out"):
+        for cached in (False, True):
+            made = with_tokenizer(chat_tokenizer, {**values, "output": tmp_path / output})
+            assert (made.rows, made.cached) == (4, cached)
+    assert with_tokenizer(chat_tokenizer, {**values, "output": tmp_path / "d/out", "overwrite": True}).rows == 4
+
+
 @pytest.mark.parametrize(
     "options",
     [{"block_size": 65}, {"train_on": "all"}, {"template": "none"}, {"pack": "none"}, {"long": "drop"}],
@@ -446,6 +460,14 @@ CONTENT = b'{"prompt": "a", "completion": "bcd"}\n' * 3
 )
 def test_another_option_is_another_request(options: dict[str, object], chat_tokenizer: Any, tmp_path: Path) -> None:
     assert keyed(tmp_path, chat_tokenizer, CONTENT, **options) != keyed(tmp_path, chat_tokenizer, CONTENT)
+
+
+def test_another_way_of_rendering_is_another_request(
+    chat_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = keyed(tmp_path, chat_tokenizer, CONTENT)
+    monkeypatch.setattr(preparing, "_RENDERING", 1)
+    assert keyed(tmp_path, chat_tokenizer, CONTENT) != before
 
 
 def test_another_byte_of_data_is_another_request(chat_tokenizer: Any, tmp_path: Path) -> None:
@@ -467,6 +489,30 @@ def test_another_tokenizer_is_another_request(change: Callable[[Any], object], t
     before = keyed(tmp_path, tokenizer, CONTENT)
     change(tokenizer)
     assert keyed(tmp_path, tokenizer, CONTENT) != before
+
+
+@pytest.mark.parametrize("changed", ["rows.jsonl", "held.jsonl"])
+def test_data_that_changes_after_it_was_hashed_is_no_request_at_all(
+    changed: str, chat_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "held.jsonl").write_bytes(CONTENT)
+    options: dict[str, object] = {"validation_dataset": str(tmp_path / "held.jsonl"), "output": tmp_path / "out"}
+    real = preparing._work
+
+    def slow(*arguments: Any) -> Any:
+        work = real(*arguments)
+        with (tmp_path / changed).open("ab") as file:
+            file.write(CONTENT)
+        return work
+
+    with monkeypatch.context() as patch:
+        patch.setattr(preparing, "_work", slow)
+        with pytest.raises(Mismatch, match=f"{changed}: found that it changed while it was read"):
+            keyed(tmp_path, chat_tokenizer, CONTENT, **options)
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "held.jsonl").write_bytes(CONTENT)
+    keyed(tmp_path, chat_tokenizer, CONTENT, **options)
+    assert artifacts.read_manifest(tmp_path / "out")["facts"]["figures"]["rows"] == 6
 
 
 def test_where_the_same_bytes_lie_makes_no_difference(chat_tokenizer: Any, tmp_path: Path) -> None:
@@ -504,7 +550,7 @@ def test_other_blocks_at_the_output_are_kept(chat_tokenizer: Any, tmp_path: Path
 def test_nothing_to_train_on_is_refused(
     rows: list[dict[str, str]], options: dict[str, object], chat_tokenizer: Any, tmp_path: Path
 ) -> None:
-    with pytest.raises(InputRefused, match=f"found {len(rows)} rows with no token to train on") as caught:
+    with pytest.raises(InputRefused, match=f"found {len(rows)} rows? with no token to train on") as caught:
         prepared(tmp_path, rows, chat_tokenizer, output=tmp_path / "out", **options)
     assert caught.value.exit_code == 3
     assert not (tmp_path / "out").exists()
@@ -581,6 +627,33 @@ def test_bad_rows_before_the_first_good_one_are_skipped_too(chat_tokenizer: Any,
     assert (made.rejected, made.documents) == (1, 1)
 
 
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [b"not JSON", b"nor this"],
+        [b'{"prompt": "a", "completion": ""}', b"not JSON", b'{"prompt": 1, "completion": "b"}'],
+    ],
+)
+def test_rows_that_are_all_rejected_are_kept_with_their_reasons(
+    lines: list[bytes], chat_tokenizer: Any, tmp_path: Path
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"\n".join(lines))
+    events: list[Any] = []
+    values = {"dataset": str(path), "tokenizer": "any", "on_bad_row": "skip", "output": tmp_path / "out"}
+    with pytest.raises(
+        InputRefused, match=rf"found {len(lines)} rows, all rejected, .*; the first: .*:1: (completion: )?found"
+    ) as caught:
+        with_tokenizer(chat_tokenizer, values, events.append)
+    kept = Path(caught.value.hint.split(" stand in ")[1].split(",")[0])
+    assert kept.is_relative_to(cache_folder() / "rejected")
+    rejected = [json.loads(line) for line in kept.read_text().splitlines()]
+    assert [row["row"] for row in rejected] == [line.decode() for line in lines]
+    assert [row["place"] for row in rejected] == [f"{path}:{number}" for number in range(1, len(lines) + 1)]
+    assert not (tmp_path / "out").exists()
+    assert not any("read as text" in event.text for event in events if isinstance(event, Notice))
+
+
 def test_a_row_of_megabytes_is_split_and_none_of_it_lost(plain_tokenizer: Any, tmp_path: Path) -> None:
     path = write_rows(tmp_path / "rows.jsonl", [{"text": "ab" * 1_500_000}])
     made = with_tokenizer(plain_tokenizer, {"dataset": str(path), "tokenizer": "any", "block_size": 65536})
@@ -609,10 +682,17 @@ def test_the_figures_are_counted_by_hand(plain_tokenizer: Any, tmp_path: Path) -
     assert (made.rows, made.documents, made.truncated, made.answers_truncated) == (4, 4, 2, 2)
     assert made.lengths == {"4": 1, "8": 3}
     assert (made.longest_tokens, made.longest_row) == (13, f"{tmp_path / 'rows.jsonl'}:4")
-    assert made.ends_trained == 4, "what is counted is the row, before it is cut"
+    assert made.ends_trained == 2, "the ends of the other two are cut off"
     assert made.tokens == 4 + 3 * 8
     assert made.trained_tokens == 3 + 3 * 7
     assert made.fill == pytest.approx(28 / 32)
+
+
+@pytest.mark.parametrize(("long", "ends"), [("split", 2), ("truncate", 1), ("drop", 1)])
+def test_ends_are_counted_in_what_is_left_of_a_row(long: str, ends: int, plain_tokenizer: Any, tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d" * 20}]
+    made, documents = prepared(tmp_path, rows, plain_tokenizer, block_size=8, long=long)
+    assert made.ends_trained == ends == sum(tokens[-1] == EOS and labels[-1] for tokens, labels in documents)
 
 
 def test_two_begin_tokens_are_counted(bos_tokenizer: Any, tmp_path: Path) -> None:
@@ -651,6 +731,17 @@ def test_held_out_rows_are_chosen_by_seed_and_place_alone(chat_tokenizer: Any, t
     assert parts(seed=1)[1] != held_out
 
 
+def test_a_share_that_holds_out_all_or_nothing_is_told(chat_tokenizer: Any, tmp_path: Path) -> None:
+    with pytest.raises(
+        InputRefused, match=r"found 20 rows, all that can be used held out by --validation-split 0\.9999"
+    ):
+        prepared(tmp_path, ROWS, chat_tokenizer, max_rows=20, validation_split=0.9999)
+    events: list[Any] = []
+    values: dict[str, object] = {"dataset": str(tmp_path / "rows.jsonl"), "tokenizer": "any"}
+    assert with_tokenizer(chat_tokenizer, {**values, "validation_split": 1e-9}, events.append).validation_rows == 0
+    assert events.count(Notice(f"--validation-split 1e-09 held out none of {len(ROWS)} rows")) == 1
+
+
 def test_a_validation_dataset_is_held_out_whole(chat_tokenizer: Any, tmp_path: Path) -> None:
     other = write_rows(tmp_path / "other.jsonl", [{"prompt": "held", "completion": "out"}] * 3)
     made, _ = prepared(tmp_path, ROWS, chat_tokenizer, block_size=128, validation_dataset=str(other), max_rows=5)
@@ -668,8 +759,20 @@ def test_a_validation_dataset_may_be_another_split_of_the_same(chat_tokenizer: A
     assert (made.rows, made.validation_rows) == (26, 2)
     write_rows(tmp_path / "data" / "validation.jsonl", ROWS[:3])
     assert with_tokenizer(chat_tokenizer, {**values, "split": "train"}).validation_rows == 3
-    with pytest.raises(UsageError, match="found the same files as for training"):
+    with pytest.raises(UsageError, match="found a file that is also trained on"):
         with_tokenizer(chat_tokenizer, {**values, "split": "validation"})
+
+
+@pytest.mark.parametrize("held_out", ["b.jsonl", "link.jsonl", "linked.jsonl", "*.jsonl", "c.jsonl,b.jsonl"])
+def test_a_file_that_is_trained_on_is_never_held_out_too(held_out: str, chat_tokenizer: Any, tmp_path: Path) -> None:
+    for name in ("a.jsonl", "b.jsonl", "c.jsonl"):
+        write_rows(tmp_path / name, ROWS)
+    (tmp_path / "link.jsonl").symlink_to("b.jsonl")
+    os.link(tmp_path / "b.jsonl", tmp_path / "linked.jsonl")
+    values: dict[str, object] = {"dataset": ("a.jsonl", "b.jsonl"), "tokenizer": "any"}
+    with pytest.raises(UsageError, match=r"also trained on \(.*[a-z]\.jsonl\), need others"):
+        with_tokenizer(chat_tokenizer, {**values, "validation_dataset": tuple(held_out.split(","))})
+    assert with_tokenizer(chat_tokenizer, {**values, "validation_dataset": "c.jsonl"}).validation_rows == len(ROWS)
 
 
 @pytest.mark.parametrize("count", [1, 7, 24, 100])
@@ -751,6 +854,27 @@ def test_a_file_of_a_users_own_takes_any_columns(chat_tokenizer: Any, tmp_path: 
     assert prepared(tmp_path, rows, chat_tokenizer, **options)[0].path != made.path
 
 
+def test_columns_are_renamed_to_names_that_something_reads(chat_tokenizer: Any, tmp_path: Path) -> None:
+    rows = [{"q": "one?", "a": "1"}]
+    with pytest.raises(UsageError, match="--columns foo=q: found the name foo, need one of messages, "):
+        prepared(tmp_path, rows, chat_tokenizer, columns="foo=q,completion=a", block_size=64)
+    assert prepared(tmp_path, rows, chat_tokenizer, columns="prompt=q,completion=a", block_size=64)[0].rows == 1
+    (tmp_path / "mine.jinja").write_text("{{ foo }}{% generation %}{{ a }}{% endgeneration %}")
+    options = {"template": str(tmp_path / "mine.jinja"), "columns": "foo=q", "block_size": 64}
+    assert prepared(tmp_path, rows, chat_tokenizer, **options)[0].rows == 1
+
+
+def test_messages_without_a_chat_template_arent_said_to_be_rendered(plain_tokenizer: Any, tmp_path: Path) -> None:
+    rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
+    events: list[Any] = []
+    values: dict[str, object] = {"dataset": str(write_rows(tmp_path / "rows.jsonl", rows)), "tokenizer": "any"}
+    with pytest.raises(InputRefused, match="found rows of messages and no chat template") as caught:
+        with_tokenizer(plain_tokenizer, values, events.append)
+    assert events == [Notice("read as messages rows")]
+    assert "--template chatml" in caught.value.hint
+    assert "--tokenizer" not in caught.value.hint, "train and evaluate have none"
+
+
 def test_a_file_that_is_no_template_is_refused(chat_tokenizer: Any, tmp_path: Path) -> None:
     (tmp_path / "mine.jinja").write_text("{% for %}")
     with pytest.raises(InputRefused, match=r"mine\.jinja: found .*, need a Jinja template"):
@@ -788,20 +912,44 @@ def test_a_run_that_waits_says_for_whom(chat_tokenizer: Any, tmp_path: Path) -> 
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the workers by /proc")
-def test_a_worker_that_is_killed_is_told(chat_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the system does when memory runs out."""
+@pytest.mark.parametrize(
+    ("by", "told", "found"),
+    [
+        (signal.SIGKILL, OutOfMemory, "a worker process that was killed"),  # as the system does when memory runs out
+        (signal.SIGPROF, InputRefused, r"rows\.jsonl: found a row that the template renders without end"),
+    ],
+)
+def test_a_worker_that_is_killed_is_told(
+    by: int, told: type[Exception], found: str, chat_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = write_rows(tmp_path / "rows.jsonl", ROWS * 50)
     monkeypatch.setattr(readers, "_CHUNK_ROWS", 5)
 
     def kill_workers(event: Any) -> None:
         if isinstance(event, Progress):
             for child in active_workers():
-                os.kill(child, signal.SIGKILL)
+                os.kill(child, by)
 
     values = {"dataset": str(path), "tokenizer": "any", "num_workers": 2, "output": tmp_path / "out"}
-    with pytest.raises(OutOfMemory, match="a worker process that was killed"):
+    with pytest.raises(told, match=found):
         with_tokenizer(chat_tokenizer, values, kill_workers)
     assert not (tmp_path / "out").exists()
+
+
+def test_ctrl_c_ends_workers_inside_of_one_instruction(rows_file: Path, tiny_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "endless.jinja").write_text(ONE_INSTRUCTION + "{{ messages }}")
+    command = [sys.executable, "-m", "lorakit", "prepare", str(rows_file), "--tokenizer", str(tiny_llama)]
+    command += ["--template", str(tmp_path / "endless.jinja"), "--num-workers", "2"]
+    ran = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert ran.stderr is not None
+    while b"rendered by endless.jinja" not in ran.stderr.readline():
+        assert ran.poll() is None
+    time.sleep(2)
+    began = time.monotonic()
+    ran.send_signal(signal.SIGINT)
+    ran.communicate(timeout=100)
+    assert ran.returncode == 130
+    assert time.monotonic() - began < 8, "a text may take 15 s"
 
 
 def active_workers() -> list[int]:

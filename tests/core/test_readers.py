@@ -266,7 +266,13 @@ BAD_FILES: Sequence[tuple[str, bytes, str]] = [
     ("a.csv", b"a,b\r1,2\r", "new-line character"),
     ("a.csv", b"a\nx\n\xe9\n", "a.csv:3: found byte 0xe9"),
     ("a.tsv", b"a\tb\n1,2\n", "row 1 (line 2): found 1 fields"),
-    ("a.txt", b"x" * 2**20 + b"\n" + b"abc\xff", f"byte 0xff at offset {2**20 + 4}"),
+    ("a.txt", b"x" * 2**20 + b"\n" + b"abc\xff", f"a.txt: offset {2**20 + 4}: found byte 0xff"),
+    ("a.txt", "text".encode("utf-16"), "found text in UTF-16, need UTF-8"),
+    ("a.csv", "a,b\n1,2\n".encode("utf-16"), "found text in UTF-16, need UTF-8"),
+    ("a.csv", "a,b\n1,é\n".encode("latin-1"), "a.csv:2: found byte 0xe9 that isn't UTF-8 ('é' in Latin-1"),
+    ("a.csv", b"prompt;completion\n1;2\n", "columns separated by semicolons (prompt;completion), need commas in csv"),
+    ("a.csv", b"prompt\tcompletion\n1\t2\n", "columns separated by tabs"),
+    ("a.tsv", b"prompt,completion\n1,2\n", "columns separated by commas (prompt,completion), need tabs in tsv"),
     ("a.parquet", b"", "damaged parquet"),
     ("a.arrow", b"", "damaged arrow"),
     ("a.parquet", b"PAR1 and no more", "damaged parquet"),
@@ -370,6 +376,33 @@ def test_a_file_that_has_gone_is_told(name: str, tmp_path: Path) -> None:
         list(dataset.chunks())
     with pytest.raises(DiskFailed, match=name):
         assert dataset.size_bytes
+
+
+# JSON that is one row
+
+
+TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"id": 1, "messages": TURNS},
+        {"messages": TURNS, "tools": [{"name": "add"}], "tags": ["x"]},
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+        {"chosen": TURNS, "rejected": TURNS},
+        {"prompt": "a", "completion": "b"},
+        {"text": "a"},
+    ],
+)
+def test_an_object_that_is_a_row_is_one_row(row: dict[str, Any], tmp_path: Path) -> None:
+    assert read(put(tmp_path / "a.json", json.dumps(row, indent=1).encode())) == [row]
+
+
+@pytest.mark.parametrize("of", [{"text": "about"}, {"messages": []}, {}])
+def test_an_object_with_one_list_of_rows_is_those_rows(of: dict[str, Any], tmp_path: Path) -> None:
+    rows = [{"messages": TURNS}, {"messages": TURNS[:1]}]
+    assert read(put(tmp_path / "a.json", json.dumps({**of, "data": rows}).encode())) == rows
 
 
 # JSON that is JSONL

@@ -227,7 +227,23 @@ def test_a_later_row_of_another_format_is_refused(row_format: str, columns: dict
 
 
 def test_messages_that_are_missing_are_refused() -> None:
-    assert "messages: found 'null'" in refused(CHATML, row_format="messages", text="a").message
+    assert "found the columns text; need messages" in refused(CHATML, row_format="messages", text="a").message
+    assert "messages: found 'null'" in refused(CHATML, row_format="messages", messages=None).message
+
+
+@pytest.mark.parametrize(
+    ("encoding", "found", "hint"),
+    [
+        ("utf-16", "found text in UTF-16, need UTF-8", "iconv -f UTF-16 -t UTF-8 "),
+        ("latin-1", "0xe9 that isn't UTF-8 ('é' in Latin-1 and Windows-1252)", "iconv -f WINDOWS-1252 -t UTF-8 "),
+        ("cp1252", "0xe9 that isn't UTF-8 ('é' in Latin-1 and Windows-1252)", "iconv -f WINDOWS-1252 -t UTF-8 "),
+    ],
+)
+def test_a_line_in_another_encoding_is_told_with_what_converts_it(encoding: str, found: str, hint: str) -> None:
+    with pytest.raises(InputRefused) as caught:
+        parse_row('{"text": "café"}\n'.encode(encoding), "rows.jsonl:7")
+    assert found in caught.value.message
+    assert hint in caught.value.hint
 
 
 SAME: Sequence[tuple[str, dict[str, Any]]] = [
@@ -266,6 +282,13 @@ def test_of_a_transcript_only_the_chosen_answer_is_trained() -> None:
         f"{said}<|im_end|>\n" for said in ("Why?", "Because.", "And\n\nhow?", "So.")
     ]
     assert trained_texts(found) == ["So.<|im_end|>"]
+
+
+def test_a_prompt_that_the_chosen_conversation_begins_with_is_asked_once() -> None:
+    alone = rendered(CHATML, prompt=CHAT[:-1], chosen=[ANSWER])
+    assert rendered(CHATML, prompt=CHAT[:-1], chosen=CHAT) == alone == rendered(CHATML, chosen=CHAT)
+    assert alone.text.count("Bye") == 1
+    assert trained_texts(alone) == ["Hello!<|im_end|>"]
 
 
 def test_of_prompt_and_completion_messages_only_the_completions_are_trained() -> None:
@@ -535,6 +558,39 @@ def test_thoughts_that_a_template_drops_from_history_are_not_trained_there() -> 
     assert trained_texts(rendered(QWEN_3, messages=[USER, thought])) == ["<think>\nhm\n</think>\n\nYes.<|im_end|>"]
     found = trained_texts(rendered(QWEN_3, messages=[USER, thought, USER, thought]))
     assert found == ["Yes.<|im_end|>", "<think>\nhm\n</think>\n\nYes.<|im_end|>"]
+
+
+CALLING = QWEN_3.replace(
+    "{{- '<|im_end|>\n' }}{%- else %}",
+    "{%- for call in m.tool_calls or [] %}{{- '\n<tool_call>' + call.name + '</tool_call>' }}{%- endfor %}"
+    "{{- '<|im_end|>\n' }}{%- else %}",
+).replace("loop.index0 > ns.last ", "loop.index0 > ns.last and (loop.last or m.reasoning) ")
+"""As Qwen 3 writes calls of tools: a thought stands before the last turn alone, or before one that has it."""
+
+
+@pytest.mark.parametrize("content", ["Let me see.", None])
+@pytest.mark.parametrize("more", [{}, {"reasoning": True}])
+def test_calls_of_tools_and_ends_are_trained_in_turns_that_a_template_rewrites(content: Any, more: Any) -> None:
+    called = {"role": "assistant", "content": content, "tool_calls": [{"name": "sun"}], **more}
+    messages = [USER, called, {"role": "tool", "content": "2"}, ANSWER]
+    found = rendered(CALLING, messages=messages)
+    turns = re.findall(r"<\|im_start\|>assistant\n(.*?<\|im_end\|>)", found.text, re.DOTALL)
+    assert trained_texts(found) == turns
+    assert (
+        turns[0]
+        == ("<think>\n\n</think>\n\n" if more else "") + f"{content or ''}\n<tool_call>sun</tool_call><|im_end|>"
+    )
+
+
+def test_an_end_that_doesnt_touch_the_answer_is_trained_in_turns_that_a_template_rewrites() -> None:
+    spaced = QWEN_3.replace("{{- '<|im_end|>\n' }}{%- else", "{{- ' <|im_end|>\n' }}{%- else")
+    found = rendered(spaced, messages=[USER, ANSWER, USER, ANSWER])
+    assert trained_texts(found) == ["Hello! <|im_end|>", "<think>\n\n</think>\n\nHello! <|im_end|>"]
+    only_last = QWEN_3.replace(
+        "{{- '<|im_end|>\n' }}{%- else", "{{- '\n' if not loop.last }}{{- '</s>' if loop.last }}{%- else"
+    )
+    assert trained_texts(rendered(only_last, messages=[USER, ANSWER]))[0].endswith("Hello!</s>")
+    assert "can't be located exactly" in refused(only_last, messages=[USER, ANSWER, USER, ANSWER]).message
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,15 @@ def test_a_pattern_is_its_files_in_code_point_order(pattern: str, found: list[st
     assert texts(pattern) == found
 
 
+def test_a_pattern_gives_each_file_once_however_many_names_links_give_it(tmp_path: Path) -> None:
+    tree(tmp_path, "d/s/b.jsonl", "d/z.jsonl")
+    (tmp_path / "d" / "loop").symlink_to(".")
+    (tmp_path / "d" / "a.jsonl").symlink_to("z.jsonl")
+    assert texts("d/**/*.jsonl") == ["d/z.jsonl", "d/s/b.jsonl"]
+    assert [file.name for file in opened("d/**/*.jsonl").files] == ["d/a.jsonl", "d/s/b.jsonl"]
+    assert texts("d/z.jsonl", "d/z.jsonl") == ["d/z.jsonl"] * 2, "what is named twice is wanted twice"
+
+
 def test_a_file_whose_name_looks_like_a_pattern_is_itself(tmp_path: Path) -> None:
     tree(tmp_path, "a[1].jsonl", "a1.jsonl")
     assert texts("a[1].jsonl") == ["a[1].jsonl"]
@@ -257,8 +266,14 @@ def test_the_default_subset_is_marked_or_named_or_the_only_one(tmp_path: Path) -
         ("- {config_name: a, data_files: []}", "no data files"),
         ("- a", "configs: found no list of subsets"),
         ("  a: b", "configs: found no list of subsets"),
-        ("- {a: 'b", "front matter that isn't YAML"),
-        ("- {a: 2024-13-45}", "front matter that isn't YAML"),
+        ("- {a: 'b", "front matter that isn't plain YAML (while scanning a quoted scalar"),
+        ("- {a: 2024-13-45}", "front matter that isn't plain YAML (month must be in 1..12"),
+        ("- {a: &x [b], c: *x}", "front matter that isn't plain YAML (an alias"),
+        ("- {a: b, a: c}", "front matter that isn't plain YAML (the key 'a' twice"),
+        ("- {config_name: [a]}", "configs: found ['a'], need text"),
+        ("- {config_name: null}", "configs: found None, need text"),
+        ("- {config_name: a, data_dir: [b]}", "configs: found ['b'], need text"),
+        ("- {config_name: a, data_files: [{split: {}, path: a.jsonl}]}", "configs: found {}, need text"),
     ],
 )
 def test_a_readme_that_leads_astray_is_refused(configs: str, found: str, tmp_path: Path) -> None:
@@ -286,6 +301,27 @@ def test_a_readme_without_subsets_says_nothing(text: str, tmp_path: Path) -> Non
     folder = tree(tmp_path / "d", "a.jsonl")
     put(folder / "README.md", text.encode("latin-1"))
     assert texts(folder) == ["a.jsonl"]
+
+
+def test_a_readme_of_a_few_lines_that_means_gigabytes_is_refused_at_once(tmp_path: Path) -> None:
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 8)}]" for n in range(1, 12)]
+    folder = tree(tmp_path / "d", "a.jsonl")
+    put(folder / "README.md", "\n".join(["---", *lines, "configs: [{config_name: *a11}]", "---"]).encode())
+    began = time.process_time()
+    assert "an alias" in refusal(folder).message
+    assert time.process_time() - began < 1
+
+
+def test_a_readme_that_is_no_file_says_nothing(tmp_path: Path) -> None:
+    folder = tree(tmp_path / "d", "a.jsonl")
+    os.mkfifo(folder / "README.md")
+    assert texts(folder) == ["a.jsonl"]
+
+
+def test_names_of_numbers_in_a_readme_are_meant_as_text(tmp_path: Path) -> None:
+    folder = readme(tree(tmp_path / "d", "2024/a.jsonl"), "- {config_name: 2024-01-02, data_dir: 2024}")
+    assert texts(folder, subset="2024-01-02") == ["2024/a.jsonl"]
 
 
 # save_to_disk
@@ -341,12 +377,13 @@ def test_a_saved_dict_has_a_folder_for_each_split(tmp_path: Path) -> None:
         ("state.json", b'{"_data_files": [{"filename": "gone.arrow"}]}', "no such file"),
         ("state.json", b'{"_data_files": ["data.arrow"]}', "no list of data files"),
         ("state.json", b"{}", "no list of data files"),
-        ("state.json", b"[]", "no JSON object"),
-        ("state.json", b"{", "need a JSON object"),
+        ("state.json", b"[]", "need a JSON object"),
+        ("state.json", b"{", "need JSON"),
+        ("state.json", b"{}" + b" " * 2**22, "found over 4 MiB"),
         ("state.json", b'{"_data_files": [], "_indices_data_files": [{"filename": "i"}]}', "chosen by indices"),
         ("dataset_dict.json", b'{"splits": "train"}', "no list of splits"),
         ("dataset_dict.json", b'{"splits": []}', "found the splits none"),
-        ("dataset_dict.json", b'{"splits": ["gone"]}', "gone/state.json: found no such file"),
+        ("dataset_dict.json", b'{"splits": ["gone"]}', "gone: found no state.json, need one"),
         ("dataset_dict.json", b'{"splits": [".."]}', "inside the dataset's folder"),
     ],
 )

@@ -6,6 +6,7 @@ Where each comes from stands beside it: a CVE, an issue of another project, or w
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -94,6 +95,10 @@ BOMBS = {
     "a power": "{{ 9 ** 9 ** 9 }}",
     "padding": "{{ '%2000000000d' % 1 }}",
     "centering": "{{ 'x'.center(2000000000) }}",
+    "one instruction without end": (
+        "{% set n = namespace(x=[1], y=[1]) %}"
+        "{% for i in range(40) %}{% set n.x = [n.x, n.x] %}{% set n.y = [n.y, n.y] %}{% endfor %}{{ n.x == n.y }}"
+    ),
     "a constant that is folded": "{{ ('x' * 100000000) ~ ('y' * 2000000000) }}",
 }
 ESCAPES = {
@@ -130,6 +135,34 @@ def test_a_template_that_wants_all_time_or_memory_is_stopped(name: str) -> None:
     assert reason
     assert seconds < 4
     assert gibibytes < 1.5
+
+
+ONE_INSTRUCTION = BOMBS["one instruction without end"]
+LATER = (
+    "import sys\nfrom lorakit.core import templates\nfrom lorakit.core.templates import Template\n"
+    "templates._CPU_SECONDS = float(sys.argv[2])\nt = Template(sys.argv[1], 't', {})\n"
+    "for said in ('Hi', 'never'):\n"
+    "    print('begun', flush=True)\n    t.chat([{'role': 'user', 'content': said}], open_turn=True)\n"
+)
+
+
+def test_a_later_text_without_end_ends_the_process() -> None:
+    template = "{% if messages[0].content == 'never' %}" + ONE_INSTRUCTION + "{% endif %}"
+    ran = subprocess.run([sys.executable, "-c", LATER, template, "0.5"], capture_output=True, timeout=60)
+    assert ran.stdout.count(b"begun") == 2
+    assert ran.returncode == -signal.SIGPROF
+
+
+def test_ctrl_c_ends_a_template_inside_of_one_instruction() -> None:
+    ran = subprocess.Popen(
+        [sys.executable, "-c", LATER, ONE_INSTRUCTION, "60"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert ran.stdout is not None
+    assert ran.stdout.readline() == b"begun\n"
+    time.sleep(1)
+    ran.send_signal(signal.SIGINT)
+    _, said = ran.communicate(timeout=20)
+    assert b"KeyboardInterrupt" in said
 
 
 @pytest.mark.parametrize("name", ESCAPES)
