@@ -17,6 +17,7 @@ import pytest
 import safetensors.numpy
 import torch
 from torch import nn
+from transformers import LlamaConfig
 
 from lorakit.console import Signals
 from lorakit.core import (
@@ -214,15 +215,18 @@ def test_models_that_cant_be_loaded(tiny_llama: Path, tmp_path: Path, monkeypatc
 
 def test_a_quantized_module_isnt_trained_whole() -> None:
     base: Any = nn.Module()
+    base.config = LlamaConfig(num_hidden_layers=1)
+    base.layers = nn.ModuleList([nn.Linear(1, 1)])
     base.q_proj = nn.Module()
     base.q_proj.weight = nn.Parameter(torch.zeros(4, dtype=torch.uint8), requires_grad=False)
     shows(
         ExitCode.INPUT_REFUSED,
         "'q_proj', which is quantized",
         "--quantize none",
-        model._saved_modules,
+        model._refuse_unsavable,
         base,
         ["q_proj"],
+        [],
     )
 
 

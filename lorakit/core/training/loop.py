@@ -508,11 +508,11 @@ class Run:
         return losses
 
     def _not_finite(self, found: str, step: int | None = None, *, of_base: bool = False) -> LorakitError:
-        place = f"step {self.state.step if step is None else step}: found {found}"
+        step = self.state.step if step is None else step
         if of_base and self.config.lora_kind.adapter is None:  # LoRA begins as nothing at all
-            return _shared(base_gives_no_numbers(place, self.state.dtype))
+            return _shared(base_gives_no_numbers(f"step {step}: found {found}", self.state.dtype))
         error = NonFinite(
-            f"{place}, need numbers",
+            f"step {step}: found {found}, need numbers",
             f"lower --learning-rate, or try --dtype fp32; nothing after step {self.checkpoints.last_saved()} was kept",
         )
         return _shared(error)
