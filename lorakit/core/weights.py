@@ -137,7 +137,9 @@ def open_weights(folder: Path) -> Weights:
             f"give the unquantized model{_unquantized_name(folder, config)}: numbers that were rounded to a few bits "
             "can't be taken back",
         )
-    if (folder / INDEX).is_file():
+    if (folder / SINGLE).is_file():  # also beside an index, as transformers reads it
+        weight_map = None
+    elif (folder / INDEX).is_file():
         weight_map = read_json_object(folder / INDEX, "", _MAX_INDEX_BYTES).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ArtifactDamaged(f"{folder / INDEX}: found no weight_map, need one", "download the model again")
@@ -147,8 +149,6 @@ def open_weights(folder: Path) -> Weights:
                     f"{folder / INDEX}: found the shard name {shard!r}, need a .safetensors file of that folder",
                     "don't use this model: its index points outside its folder",
                 )
-    elif (folder / SINGLE).is_file():
-        weight_map = None
     else:
         pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
         found = f"only pickle files ({pickles[0]})" if pickles else "no weights"

@@ -196,6 +196,28 @@ def test_shards_listed_by_an_index_are_one_model(tmp_path: Path) -> None:
     assert found.shards == ["model-1.safetensors", "model-2.safetensors"]
 
 
+@pytest.mark.parametrize("stale", [False, True], ids=["shards there", "shards gone"])
+def test_one_file_beside_an_index_is_what_transformers_reads(stale: bool, tmp_path: Path) -> None:
+    """transformers leaves the index of a formerly sharded model beside the file that it saves."""
+    from transformers import AutoModelForCausalLM
+
+    folder = make_llama(tmp_path / "m", max_shard_size="60KB")
+    whole = make_llama(tmp_path / "other", seed=5) / "model.safetensors"
+    (folder / "model.safetensors").write_bytes(whole.read_bytes())
+    if stale:
+        for shard in folder.glob("model-*.safetensors"):
+            shard.unlink()
+    found = open_weights(folder)
+    assert found.shards == ["model.safetensors"]
+    place = found.tensors["model.embed_tokens.weight"]
+    with (folder / place.shard).open("rb") as file:
+        file.seek(place.start)
+        read = np.frombuffer(file.read(place.end - place.start), np.float32)
+    theirs = AutoModelForCausalLM.from_pretrained(folder).model.embed_tokens.weight
+    np.testing.assert_array_equal(read, theirs.detach().numpy().ravel())
+    assert found.fingerprint == open_weights(tmp_path / "other").fingerprint
+
+
 @pytest.mark.parametrize(
     "weight_map",
     [

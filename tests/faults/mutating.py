@@ -175,7 +175,7 @@ def reference(base: Path, adapter: Path) -> Mapping[str, Any]:
     """Base + adapter in fp64, a tensor each, as peft's documentation has it. KeyError: by a file of another kind."""
     config = json.loads((adapter / "adapter_config.json").read_bytes())
     index, shards = base / "model.safetensors.index.json", {"model.safetensors"}
-    if index.exists():
+    if not (base / "model.safetensors").exists():
         shards = set(json.loads(index.read_bytes())["weight_map"].values())
     tensors: dict[str, Any] = {}
     for shard in sorted(shards):
