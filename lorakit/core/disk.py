@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import socket
+import stat
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -202,7 +203,7 @@ def held(path: Path, on_wait: Callable[[str], None] | None = None) -> Iterator[N
 def _locked(path: Path) -> int:
     """The descriptor of the lock file, locked; it is the file that `path` still names (its last owner unlinks it)."""
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        descriptor = _opened_lock(path)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -218,6 +219,21 @@ def _locked(path: Path) -> int:
         except FileNotFoundError:
             pass
         os.close(descriptor)
+
+
+def _opened_lock(path: Path) -> int:
+    """The descriptor of the lock file, made where there is none; never of what a link leads to, for it is written to.
+    Raises DiskFailed, OSError."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        found = os.fstat(descriptor)
+        if stat.S_ISREG(found.st_mode) and found.st_nlink <= 1:
+            return descriptor
+        os.close(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise
+    raise DiskFailed(f"{path}: found a link, or no file, need lorakit's own lock file or none", "remove it")
 
 
 def _process() -> dict[str, Any]:

@@ -154,6 +154,29 @@ def test_a_full_disk_while_the_kernel_copies_is_not_taken_for_one_that_cant(
         disk.write_new(tmp_path / "new", [disk.FileRange(source_of(tmp_path, 10_000), 0, 10_000)])
 
 
+# Locks
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling link", "hard link", "pipe", "folder"])
+def test_a_lock_is_never_written_through_another_file(kind: str, tmp_path: Path) -> None:
+    """In a folder that others may write to, its name can be theirs."""
+    victim, lock = tmp_path / "victim", tmp_path / ".out.lock"
+    victim.write_text("precious")
+    if kind == "hard link":
+        os.link(victim, lock)
+    elif kind == "pipe":
+        os.mkfifo(lock)
+    elif kind == "folder":
+        lock.mkdir()
+    else:
+        lock.symlink_to(victim if kind == "link" else tmp_path / "new")
+    before = sorted(os.listdir(tmp_path))
+    with pytest.raises(DiskFailed, match=r"\.out\.lock: found a link, or no file"), disk.held(lock):
+        pass
+    assert victim.read_text() == "precious"
+    assert sorted(os.listdir(tmp_path)) == before
+
+
 # Where locks do nothing
 
 
