@@ -19,6 +19,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import sys
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -210,8 +211,9 @@ def open_artifact(folder: Path, kind: str) -> Artifact:
     for name, entry in manifest["files"].items():
         path = folder / name
         try:
-            found = f"{path.stat().st_size} bytes"
-            damaged = path.stat().st_size != entry["bytes"]
+            there = path.stat()
+            found = f"{there.st_size} bytes" if stat.S_ISREG(there.st_mode) else "something that is no file"
+            damaged = there.st_size != entry["bytes"] or not stat.S_ISREG(there.st_mode)
             if not damaged and disk.sha256(path) != entry["sha256"]:
                 found, damaged = "other bytes than were written", True
         except FileNotFoundError:

@@ -15,7 +15,7 @@ from typing import Any
 
 from lorakit.core import artifacts, disk
 from lorakit.core.errors import ArtifactDamaged, InputRefused, disk_failed
-from lorakit.core.untrusted import parse_json, read_json_object
+from lorakit.core.untrusted import opened, parse_json, read_json_object
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -221,7 +221,7 @@ def read_header(path: Path) -> dict[str, TensorPlace]:
     problem = ""
     places: dict[str, TensorPlace] = {}
     try:
-        with path.open("rb") as file:
+        with opened(path) as file:
             header_bytes = int.from_bytes(file.read(8), "little")
             if not 2 <= header_bytes <= _MAX_HEADER_BYTES:
                 raise ValueError(f"a header of {header_bytes} bytes")
@@ -246,8 +246,6 @@ def read_header(path: Path) -> dict[str, TensorPlace]:
             raise ValueError(f"{path.stat().st_size} bytes where the header says {at}")
     except FileNotFoundError:
         problem = "no such file"
-    except IsADirectoryError:
-        problem = "a folder"
     except OSError as error:
         raise disk_failed(error, path) from error
     except KeyError as error:

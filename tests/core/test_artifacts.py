@@ -80,6 +80,14 @@ def test_a_file_that_is_longer_shorter_or_gone_is_found(name: str, tmp_path: Pat
         artifacts.open_artifact(folder, "blocks")
 
 
+def test_a_pipe_in_a_files_place_is_never_waited_for(tmp_path: Path) -> None:
+    commit(tmp_path / "a")
+    (tmp_path / "a" / "blocks-00001.safetensors").unlink()  # of no bytes, as a pipe's size is
+    os.mkfifo(tmp_path / "a" / "blocks-00001.safetensors")
+    with pytest.raises(ArtifactDamaged, match="found something that is no file, need 0 bytes"):
+        artifacts.open_artifact(tmp_path / "a", "blocks")
+
+
 @pytest.mark.parametrize("raw", [b"", b"{}", b"[]", b"null", b"\xff", b"[" * 50_000, b'{"sha256": "0"}'])
 def test_a_manifest_that_is_none_is_damage(raw: bytes, tmp_path: Path) -> None:
     (tmp_path / "lorakit.json").write_bytes(raw)

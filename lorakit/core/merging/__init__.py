@@ -24,6 +24,7 @@ from lorakit.core.merging.apply import shards
 from lorakit.core.merging.card import model_card, tokenizer_files
 from lorakit.core.merging.plan import Plan, Rounding, Weighted, make_plan
 from lorakit.core.merging.verifying import verify_rows
+from lorakit.core.untrusted import MAX_SETTINGS_BYTES, read_small
 from lorakit.core.weights import INDEX, Weights, open_weights
 
 _MANIFEST_BYTES = 2**18
@@ -143,8 +144,8 @@ def _small_files(plan: Plan, report: Report) -> dict[str, bytes]:
     if index is not None:
         files[INDEX] = index
     generation = plan.base.folder / "generation_config.json"
-    if generation.is_file():
-        files[generation.name] = generation.read_bytes()
+    if generation.exists():
+        files[generation.name] = read_small(generation, MAX_SETTINGS_BYTES, "restore the file, or remove it")
     tokenizer = tokenizer_files([*(each.adapter.folder for each in plan.adapters), plan.base.folder])
     if not tokenizer:
         report(Notice("no tokenizer beside the base or the adapter: the merged model has none"))

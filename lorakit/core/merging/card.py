@@ -5,6 +5,8 @@ from pathlib import Path
 
 from lorakit import __version__
 from lorakit.core.merging.plan import Plan, Weighted
+from lorakit.core.tokenization import MAX_BYTES
+from lorakit.core.untrusted import read_small
 
 _TOKENIZER = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 _TOKENIZER_FILES = (
@@ -15,10 +17,14 @@ _TOKENIZER_FILES = (
 
 
 def tokenizer_files(folders: Sequence[Path]) -> dict[str, bytes]:
-    """The tokenizer of the first folder that has one, name → bytes: files as they are, chat template included."""
+    """The tokenizer of the first folder that has one, name → bytes: files as they are, chat template included.
+
+    Raises InputRefused (what should be a file is none, or too large), DiskFailed.
+    """
     for folder in folders:
         if any((folder / name).is_file() for name in _TOKENIZER):
-            return {name: (folder / name).read_bytes() for name in _TOKENIZER_FILES if (folder / name).is_file()}
+            found = [folder / name for name in _TOKENIZER_FILES if (folder / name).exists()]
+            return {path.name: read_small(path, MAX_BYTES, "restore the file, or remove it") for path in found}
     return {}
 
 

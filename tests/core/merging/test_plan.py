@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -59,6 +60,19 @@ def test_a_missing_shard(cli: Cli, base: Path, tmp_path: Path) -> None:
     lost = sorted(base.glob("model-*.safetensors"))[1]
     lost.unlink()
     refused(cli, tmp_path, 4, f"{lost}: found no such file", adapter)
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("kind", ["a pipe", "without end"])
+def test_a_file_beside_the_weights_that_is_none(kind: str, name: str, cli: Cli, base: Path, tmp_path: Path) -> None:
+    adapter = make_adapter(tmp_path / "adapter", base)
+    (base / name).unlink()
+    if kind == "a pipe":
+        os.mkfifo(base / name)
+    else:
+        with (base / name).open("wb") as file:
+            file.truncate(20 * 2**30)
+    refused(cli, tmp_path, 3, f"{base / name}: found {'no file' if kind == 'a pipe' else 'over'}", adapter)
 
 
 def test_an_index_that_points_outside(cli: Cli, base: Path, tmp_path: Path) -> None:
