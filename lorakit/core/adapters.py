@@ -295,7 +295,9 @@ def _replacement(adapter: Adapter, base: Weights, name: str, whole: Mapping[str,
         return f"{name}: {list(shape)}, need {list(there.shape)}"
     if target in whole:
         return f"{name}: a second tensor for {target}"
-    return Replacement(target, name, shared=not _is_saved_module(adapter, target))
+    # what peft saves of a tied module that isn't trained whole is the base's own, and not what the other one became
+    shared = not any(_is_saved_module(adapter, each) for each in (target, base.embedding, HEAD))
+    return Replacement(target, name, shared)
 
 
 def _lora(
