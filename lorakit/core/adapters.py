@@ -211,10 +211,12 @@ def _refuse_unusable(folder: Path, config: Mapping[str, Any]) -> None:
                 f"{folder}: found lora_alpha = {alpha!r}, need a number above 0", "use an adapter that has a scale"
             )
     targets = [config.get(key) for key in ("target_modules", "exclude_modules", "layers_pattern")]
-    for pattern in (*patterns[0], *patterns[1], *(pattern for pattern in targets if isinstance(pattern, str))):
+    whole = {pattern: pattern for pattern in targets if isinstance(pattern, str)}
+    for pattern, used in {**whole, **{pattern: _at_end(pattern) for each in patterns for pattern in each}}.items():
         try:
             with warnings.catch_warnings(action="ignore"):
                 re.compile(pattern)
+                re.compile(used)
         except (re.error, RecursionError, OverflowError) as error:
             raise InputRefused(
                 f"{folder}: found the pattern {pattern!r} ({error}), need a regular expression",
@@ -370,9 +372,14 @@ def _rows(adapter: Adapter, base: Weights, module: str, name: str, whole: Mappin
 def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
     """The value of the first pattern that matches a module's name or its end, as PEFT chooses it."""
     for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
+        if re.match(_at_end(pattern), module):
             return value
     return default
+
+
+def _at_end(pattern: str) -> str:
+    """A pattern for a module's name or its end, as PEFT writes it."""
+    return rf"(.*\.)?({pattern})$"
 
 
 def _is_part(name: str) -> bool:

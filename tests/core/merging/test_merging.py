@@ -173,6 +173,8 @@ def test_nan_in_an_adapter_is_named_and_nothing_is_written(cli: Cli, tiny_llama:
         ({"rank_pattern": {"q_proj": 8}}, 5, "q_proj: A and B are [4, 64] and [64, 4], need [8, 64] and [64, 8]"),
         ({"rank_pattern": {"q_proj": 0}}, 3, "r = 0"),
         ({"rank_pattern": {"(": 2}}, 3, "need a regular expression"),
+        ({"alpha_pattern": {"(?i)Q_PROJ": 8}}, 3, "need a regular expression"),
+        ({"alpha_pattern": {"q_proj)(.*": 8}}, 3, "need a regular expression"),
         ({"alpha_pattern": {"q_proj": -1}}, 3, "lora_alpha = -1"),
         ({"r": 8}, 5, "need [8, 64]"),
     ],
