@@ -262,14 +262,16 @@ def claim(
     overwrite: bool,
     unfinished: Collection[str] = (),
     may_differ: Collection[str] = (),
+    may_lack: Collection[str] = (),
     hint: str = "choose another --output, or add --overwrite",
 ) -> Artifact | None:
     """The artifact that this very work has made at `target` already, or None where the target may be written.
 
     `unfinished` names what work of this kind leaves at its target before it is done, `may_differ` settings that may be
-    others than the artifact's. Raises Mismatch where `target`
-    holds other work, InputRefused where it holds something that isn't lorakit's: neither is ever touched, and only the
-    first can be overwritten on request.
+    others than the artifact's, `may_lack` parents that one of an older lorakit doesn't name.
+
+    Raises Mismatch where `target` holds other work, InputRefused where it holds something that isn't lorakit's: neither
+    is ever touched, and only the first can be overwritten on request.
     """
     if not target.exists() or (target.is_dir() and set(_visible(target)) <= set(unfinished)):
         return None
@@ -286,7 +288,9 @@ def claim(
                 f"{target}: found {manifest['kind']}, need a new or empty folder for {kind}",
                 "choose another --output, or replace it with --overwrite",
             )
-        refuse_other_work(Artifact(target, manifest), config, parents, hint, may_differ)
+        artifact = Artifact(target, manifest)
+        known = {name: parents[name] for name in parents if name not in may_lack or name in artifact.parents}
+        refuse_other_work(artifact, config, known, hint, may_differ)
         return open_artifact(target, kind)
     except (ArtifactDamaged, Mismatch):
         if overwrite:

@@ -6,6 +6,7 @@ plan.py says what each tensor of the merged model will be, apply.py makes the by
 the disk; none of them needs torch, and none holds more than a few chunks of a tensor, however large the model is.
 """
 
+import hashlib
 import itertools
 import json
 from collections.abc import Mapping, Sequence
@@ -62,13 +63,16 @@ def merge(config: MergeConfig, target: Path, report: Report) -> Merged:
             )
     weighted = [Weighted(adapter, weight, match(adapter, base)) for adapter, weight in opened]
     plan = make_plan(base, weighted, NAMES.get(config.merging.dtype), _rounding(config, weighted, report))
-    parents = _parents(base, weighted)
+    copied = _copied(plan)
+    settings = _settings(weighted, copied)
+    parents = {**_parents(base, weighted), **settings}
     with artifacts.lock(target):
-        done = artifacts.claim(target, "merged model", config, parents, overwrite=config.output.overwrite)
+        overwrite = config.output.overwrite
+        done = artifacts.claim(target, "merged model", config, parents, overwrite=overwrite, may_lack=settings)
         facts: dict[str, Any] = vars(done.facts_as(Merged, path=target, already_done=True)) if done else {}
         full = config.merging.verify == "full"
         if done is None:
-            files = _small_files(plan, report)
+            files = _small_files(plan, copied, report)
             disk.require_free_bytes(target, plan.size_bytes + sum(map(len, files.values())) + _MANIFEST_BYTES)
             facts |= {"tensors": len(plan.targets), "merged_tensors": len(plan.changed)}
 
@@ -94,6 +98,18 @@ def _parents(base: Weights, weighted: Sequence[Weighted]) -> dict[str, str]:
         weight = "" if each.weight == 1 else f" × {each.weight:g}"
         parents[name] = disk.sha256(each.adapter.folder / adapters.WEIGHTS) + weight
     return parents
+
+
+def _settings(weighted: Sequence[Weighted], copied: Mapping[str, bytes]) -> dict[str, str]:
+    """The fingerprint of what else decides the result: each adapter's settings, whatever its base is called, and the
+    files that are copied."""
+    settings = {}
+    for number, each in enumerate(weighted, 1):
+        name = "adapter" if len(weighted) == 1 else f"adapter {number}"
+        config = {key: value for key, value in each.adapter.config.items() if key != "base_model_name_or_path"}
+        settings[f"{name}'s settings"] = artifacts.fingerprint(config)
+    hashes = {name: hashlib.sha256(content).hexdigest() for name, content in copied.items()}
+    return {**settings, "tokenizer and generation settings": artifacts.fingerprint(hashes)}
 
 
 def _in_training(adapter: Adapter) -> Rounding | None:
@@ -137,19 +153,24 @@ def _rounding(config: MergeConfig, weighted: Sequence[Weighted], report: Report)
     return trained.pop()
 
 
-def _small_files(plan: Plan, report: Report) -> dict[str, bytes]:
+def _copied(plan: Plan) -> dict[str, bytes]:
+    """The files that a merged model has from its base and adapters as they are: how it generates, and a tokenizer."""
+    generation = plan.base.folder / "generation_config.json"
+    tokenizer = tokenizer_files([*(each.adapter.folder for each in plan.adapters), plan.base.folder])
+    if not generation.exists():
+        return tokenizer
+    return {generation.name: read_small(generation, MAX_SETTINGS_BYTES, "restore the file, or remove it"), **tokenizer}
+
+
+def _small_files(plan: Plan, copied: Mapping[str, bytes], report: Report) -> dict[str, bytes]:
     """The merged model's files beside its weights, as transformers writes them."""
     files = {"config.json": (json.dumps(dict(plan.config), indent=2) + "\n").encode()}
     index = plan.index()
     if index is not None:
         files[INDEX] = index
-    generation = plan.base.folder / "generation_config.json"
-    if generation.exists():
-        files[generation.name] = read_small(generation, MAX_SETTINGS_BYTES, "restore the file, or remove it")
-    tokenizer = tokenizer_files([*(each.adapter.folder for each in plan.adapters), plan.base.folder])
-    if not tokenizer:
+    if not copied.keys() - {"generation_config.json"}:
         report(Notice("no tokenizer beside the base or the adapter: the merged model has none"))
-    return {**files, **tokenizer, "README.md": model_card(plan).encode()}
+    return {**files, **copied, "README.md": model_card(plan).encode()}
 
 
 def _compared(plan: Plan, folder: Path, config: MergeConfig, report: Report) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from lorakit.core import artifacts
 from lorakit.core.merging import apply
 from tests.conftest import Ran, make_llama
 from tests.core.merging.adapted import logits, make_adapter
@@ -128,6 +129,34 @@ def test_the_same_merge_again_is_already_done(cli: Cli, tiny_llama: Path, tmp_pa
     assert refused.code == 5
     assert "adapter: found" in refused.err
     assert cli("merge", other, "--output", tmp_path / "merged", "--overwrite").code == 0
+
+
+@pytest.mark.parametrize("changed", ["lora_alpha", "tokenizer_config.json", "generation_config.json"])
+def test_other_settings_of_the_inputs_are_other_work(changed: str, cli: Cli, tmp_path: Path) -> None:
+    base = make_llama(tmp_path / "base")
+    adapter = make_adapter(tmp_path / "adapter", base)
+    assert cli("merge", adapter, "--output", tmp_path / "merged").code == 0
+    path = adapter / "adapter_config.json" if changed == "lora_alpha" else base / changed
+    path.write_text(json.dumps({**json.loads(path.read_text()), changed.removesuffix(".json"): 31}))
+    ran = cli("merge", adapter, "--output", tmp_path / "merged")
+    assert ran.code == 5
+    assert ("adapter's settings: found" in ran.err) is (changed == "lora_alpha")
+    assert ("tokenizer and generation settings: found" in ran.err) is (changed != "lora_alpha")
+
+
+def test_a_base_of_another_name_and_a_merge_of_an_older_lorakit_are_the_same_work(
+    cli: Cli, tiny_llama: Path, tmp_path: Path
+) -> None:
+    adapter, merged = make_adapter(tmp_path / "adapter", tiny_llama), tmp_path / "merged"
+    assert cli("merge", adapter, "--output", merged).code == 0
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": "elsewhere"}))
+    again = ("merge", adapter, "--base", tiny_llama, "--output", merged, "--json")
+    assert cli(*again).json["already_done"] is True
+    manifest = json.loads((merged / "lorakit.json").read_text())
+    manifest["parents"] = {name: manifest["parents"][name] for name in ("base", "adapter")}
+    (merged / "lorakit.json").write_bytes(artifacts._manifest_bytes(manifest))
+    assert cli(*again).json["already_done"] is True
 
 
 def test_a_merge_that_gives_other_numbers_is_never_put_in_place(
