@@ -15,12 +15,12 @@ import socket
 import stat
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorakit.core.errors import Busy, DiskFailed, disk_failed
+from lorakit.core.errors import Busy, DiskFailed, Mismatch, disk_failed
 
 MANIFEST = "lorakit.json"
 """The file that makes a folder an artifact, see artifacts.py."""
@@ -39,6 +39,9 @@ Piece = bytes | memoryview | FileRange
 Content = bytes | Iterable[Piece]
 """A file's bytes, at once or in pieces."""
 
+Stamp = tuple[int, int, int, int]
+"""A file's device and number, its size, and when it was written to, in nanoseconds."""
+
 _PIECE_BYTES = 16 * 2**20
 _READ_BYTES = 2**20
 _COPIED_BYTES = 64 * 2**20  # by the kernel at a time; what is read for the hash comes from its cache then
@@ -56,6 +59,27 @@ def sha256(path: Path) -> str:
 def described(path: Path) -> dict[str, Any]:
     """Size and hash of a file, as a manifest lists it. Raises OSError."""
     return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+def stamp(path: Path) -> Stamp | None:
+    """What differs once a file was written to or replaced; None where there is none. Raises DiskFailed."""
+    try:
+        there = path.stat()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise disk_failed(error, path) from error
+    return there.st_dev, there.st_ino, there.st_size, there.st_mtime_ns
+
+
+def require_unchanged(stamps: Mapping[Path, Stamp | None]) -> None:
+    """Raises Mismatch where a file isn't the one any more that had this stamp: what was read of it may be of two."""
+    for path, before in stamps.items():
+        if stamp(path) != before:
+            raise Mismatch(
+                f"{path}: found that it was changed while it was read, need the same bytes from beginning to end",
+                "run the same command again once nothing writes to it; nothing was put in place",
+            )
 
 
 def write_new(path: Path, content: Content) -> dict[str, Any]:

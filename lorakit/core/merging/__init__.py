@@ -50,12 +50,11 @@ class Merged:
 def merge(config: MergeConfig, target: Path, report: Report) -> Merged:
     """Write the merged model of an adapter (or several, weighted) and its base to `target`, once it is verified.
 
-    Raises InputRefused, Mismatch (an adapter for another base; other work at the output), ArtifactDamaged (also where
-    what was written isn't what it should be), NonFinite, UsageError (output inside an input), Busy, DiskFailed,
-    HubFailed.
+    Raises InputRefused, Mismatch (an adapter for another base; other work at the output; an input that was changed
+    meanwhile), ArtifactDamaged (also where what was written isn't what it should be), NonFinite, UsageError (output
+    inside an input, an adapter twice), Busy, DiskFailed, HubFailed.
     """
-    opened = [(open_adapter(model_folder(name), report), weight) for name, weight in config.adapter.weighted]
-    base = open_weights(base_folder(opened[0][0], config.adapter.base))
+    opened, base, stamps = _opened(config, report)
     for place in (base.folder, *(adapter.folder for adapter, _ in opened)):
         if target.resolve().is_relative_to(place.resolve()):
             raise UsageError(
@@ -80,6 +79,7 @@ def merge(config: MergeConfig, target: Path, report: Report) -> Merged:
                 facts["max_difference"] = verify_rows(plan, stage)
                 if full:
                     facts.update(_compared(plan, stage, config, report))
+                disk.require_unchanged(stamps)
 
             content = itertools.chain(shards(plan, report), files.items())
             artifacts.commit(target, "merged model", content, config=config, parents=parents, facts=facts, check=check)
@@ -88,6 +88,33 @@ def merge(config: MergeConfig, target: Path, report: Report) -> Merged:
         if config.hub.push_to_hub is not None:
             facts["url"] = push_folder(target, config.hub.push_to_hub, private=config.hub.private, report=report)
     return Merged(**{**facts, "path": target, "already_done": done is not None})
+
+
+def _opened(
+    config: MergeConfig, report: Report
+) -> tuple[list[tuple[Adapter, float]], Weights, dict[Path, disk.Stamp | None]]:
+    """Each adapter and its weight, their base, and the stamps that their files had before the first byte was read."""
+    folders = [model_folder(name) for name, _ in config.adapter.weighted]
+    if twice := next((folder for folder in folders if _is_twice(folder, folders)), None):
+        raise UsageError(
+            f"found the adapter {twice} twice, need each once", f"give it once, with a weight: {twice}:2 counts double"
+        )
+    stamps = _stamps(*folders)
+    weights = [weight for _, weight in config.adapter.weighted]
+    opened = [(open_adapter(folder, report), weight) for folder, weight in zip(folders, weights, strict=True)]
+    below = base_folder(opened[0][0], config.adapter.base)
+    stamps |= _stamps(below)
+    return opened, open_weights(below), stamps
+
+
+def _is_twice(folder: Path, folders: Sequence[Path]) -> bool:
+    """Whether several of these are the same folder, by whatever name."""
+    return [each.resolve() for each in folders].count(folder.resolve()) > 1
+
+
+def _stamps(*folders: Path) -> dict[Path, disk.Stamp | None]:
+    """Those of all weights in some folders: settings are read only once."""
+    return {path: disk.stamp(path) for folder in folders for path in sorted(folder.glob("*.safetensors"))}
 
 
 def _parents(base: Weights, weighted: Sequence[Weighted]) -> dict[str, str]:

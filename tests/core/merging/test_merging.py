@@ -11,7 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from lorakit.core import artifacts
+from lorakit.core import artifacts, merging
 from lorakit.core.merging import apply
 from tests.conftest import Ran, make_llama
 from tests.core.merging.adapted import logits, make_adapter
@@ -157,6 +157,42 @@ def test_a_base_of_another_name_and_a_merge_of_an_older_lorakit_are_the_same_wor
     manifest["parents"] = {name: manifest["parents"][name] for name in ("base", "adapter")}
     (merged / "lorakit.json").write_bytes(artifacts._manifest_bytes(manifest))
     assert cli(*again).json["already_done"] is True
+
+
+@pytest.mark.parametrize("which", ["base", "adapter"])
+@pytest.mark.parametrize("moment", ["_parents", "make_plan"])
+def test_an_input_that_changes_meanwhile_gives_nothing(
+    moment: str, which: str, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its fingerprint would be that of other weights than the merged model has."""
+    base = make_llama(tmp_path / "base")
+    adapter = make_adapter(tmp_path / "adapter", base)
+    path = base / "model.safetensors" if which == "base" else adapter / "adapter_model.safetensors"
+    right = getattr(merging, moment)
+
+    def then_changed(*given: Any) -> Any:
+        found = right(*given)
+        tensors = {name: tensor * 0 + 7 for name, tensor in safetensors.torch.load_file(path).items()}
+        path.write_bytes(safetensors.torch.save(tensors, metadata={"format": "pt"}))
+        return found
+
+    before = sorted(tmp_path.rglob("*"))
+    with monkeypatch.context() as patched:
+        patched.setattr(merging, moment, then_changed)
+        ran = cli("merge", adapter, "--output", tmp_path / "merged")
+    assert ran.code == 5, ran.err
+    assert f"{path}: found that it was changed while it was read" in ran.err
+    assert sorted(tmp_path.rglob("*")) == before
+    assert cli("merge", adapter, "--output", tmp_path / "merged").code == 0
+
+
+def test_the_same_adapter_twice_is_refused(cli: Cli, tiny_llama: Path, tmp_path: Path) -> None:
+    adapter = make_adapter(tmp_path / "adapter", tiny_llama)
+    (tmp_path / "link").symlink_to(adapter)
+    for again in (adapter, f"{adapter}:0.5", tmp_path / "link"):
+        ran = cli("merge", adapter, again, "--output", tmp_path / "merged")
+        assert ran.code == 2
+        assert f"found the adapter {adapter} twice, need each once" in ran.err
 
 
 def test_a_merge_that_gives_other_numbers_is_never_put_in_place(
