@@ -294,8 +294,24 @@ def claim(
         return open_artifact(target, kind)
     except (ArtifactDamaged, Mismatch):
         if overwrite:
+            refuse_foreign(target, unfinished)
             return None
         raise
+
+
+def refuse_foreign(target: Path, own: Collection[str] = ()) -> None:
+    """Raises Mismatch where an artifact that is to be replaced has files beside it that its manifest doesn't name, but
+    for `own` that its maker leaves there: they would go with it. On a mount point they stay."""
+    if os.path.ismount(target.resolve()):
+        return
+    foreign = sorted(set(_visible(target)) - {MANIFEST, *_named_in(target / MANIFEST), *own})
+    if foreign:
+        more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
+        raise Mismatch(
+            f"{target}: found {foreign[0]}{more} that {MANIFEST} doesn't name, need a folder of lorakit's files alone "
+            "to replace",
+            "move what is yours elsewhere, or choose another --output",
+        )
 
 
 def refuse_other_work(
@@ -368,7 +384,7 @@ def commit(
                 placing = True  # from here on what fails is completed by the next sweep
                 _move_in(stage, target)
             else:
-                _replace(stage, target, target.parent / f".trash-{target.name}-{token}")
+                _replace(stage, target, target.parent / f".trash-{target.name}-{token}", ())
         except BaseException:
             if not placing:
                 _discard(stage)
@@ -426,11 +442,12 @@ def amend(folder: Path, name: str, content: bytes) -> None:
         raise disk_failed(error, folder) from error
 
 
-def replace(new: Path, target: Path) -> None:
-    """Give a whole artifact the name of another one, which goes only after that. Raises DiskFailed."""
+def replace(new: Path, target: Path, own: Collection[str]) -> None:
+    """Give a whole artifact the name of another one, which goes only after that, with what is its maker's `own` besides
+    the files that its manifest names. Raises Mismatch where there is more, DiskFailed."""
     target = target.resolve()
     try:
-        _replace(new, target, target.with_name(f".trash-{target.name}-{uuid.uuid4().hex}"))
+        _replace(new, target, target.with_name(f".trash-{target.name}-{uuid.uuid4().hex}"), own)
     except OSError as error:
         raise disk_failed(error, target) from error
 
@@ -480,10 +497,11 @@ def _library_versions() -> dict[str, str]:
     return versions
 
 
-def _replace(stage: Path, target: Path, trash: Path) -> None:
-    """Put the stage at the target's name; what was there goes only after that."""
+def _replace(stage: Path, target: Path, trash: Path, own: Collection[str]) -> None:
+    """Put the stage at the target's name; what was there goes only after that, and only where it is lorakit's."""
     replacing = target.exists()
     if replacing:
+        refuse_foreign(target, own)
         os.rename(target, trash)
     try:
         os.rename(stage, target)
@@ -517,11 +535,11 @@ def _move_in(stage: Path, target: Path) -> None:
 
 
 def _named_in(manifest: Path) -> set[str]:
-    """The files that a manifest names; none where it is damaged, as one that --overwrite replaces may be."""
+    """The files that a manifest names; none where there is none, or a damaged one, as --overwrite may find."""
     try:
         content = parse_json(manifest.read_bytes())
         return set(content["files"]) if _is_lorakits(content) else set()
-    except (ValueError, AttributeError, TypeError):
+    except (FileNotFoundError, ValueError, AttributeError, TypeError):
         return set()
 
 

@@ -220,6 +220,31 @@ def test_damage_is_told_and_may_be_overwritten(tmp_path: Path) -> None:
     assert claim(tmp_path / "a", overwrite=True) is None
 
 
+@pytest.mark.parametrize("foreign", ["thesis.tex", ".env", "notes"])
+def test_what_lies_beside_an_artifact_isnt_overwritten_with_it(foreign: str, tmp_path: Path) -> None:
+    """Neither what is there before the work, nor what comes while it is done."""
+    target = tmp_path / "a"
+    commit(target)
+    if foreign == "notes":
+        (target / foreign).mkdir()
+    path = target / "notes" / "deep.txt" if foreign == "notes" else target / foreign
+    path.write_text("mine")
+    before = content(tmp_path)
+    with pytest.raises(Mismatch, match=f"found {foreign} that lorakit.json doesn't name"):
+        claim(target, OTHER, overwrite=True)
+    with pytest.raises(Mismatch, match=f"found {foreign} that lorakit.json doesn't name"):
+        commit(target, {"y": b"new"}, config=OTHER)
+    assert content(tmp_path) == before
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_where_a_manifest_doesnt_say_what_is_lorakits_nothing_is_overwritten(tmp_path: Path) -> None:
+    commit(tmp_path / "a")
+    (tmp_path / "a" / "lorakit.json").write_text("{")
+    with pytest.raises(Mismatch, match=r"found blocks-00000\.safetensors and 3 more that"):
+        claim(tmp_path / "a", overwrite=True)
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_what_isnt_lorakits_is_never_touched(overwrite: bool, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()

@@ -76,6 +76,7 @@ def merge(config: MergeConfig, target: Path, report: Report) -> Merged:
             facts |= {"tensors": len(plan.targets), "merged_tensors": len(plan.changed)}
 
             def check(stage: Path) -> None:
+                disk.require_unchanged(stamps)  # or what comes next finds a wrong model, and not why
                 facts["max_difference"] = verify_rows(plan, stage)
                 if full:
                     facts.update(_compared(plan, stage, config, report))

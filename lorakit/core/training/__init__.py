@@ -106,7 +106,7 @@ def train(
                 run = Run(config, Path(folder), blocks, weights, adapter, parents, checkpoint, world, report)
             facts = run.go(should_stop)
         if place and place.folder != target:
-            artifacts.replace(place.folder, target)
+            artifacts.replace(place.folder, target, UNFINISHED)
         url, repository = None, config.hub.push_to_hub
         if world.is_first and repository is not None:
             url = push_folder(target, repository, private=config.hub.private, report=report)
@@ -184,6 +184,7 @@ def _claim(
     except Mismatch:
         if not overwrite:
             raise
+    artifacts.refuse_foreign(target, UNFINISHED)
     if os.path.ismount(target.resolve()):
         raise Mismatch(
             f"{target}: found another run on a mount point, which can't be renamed; need a new or empty folder",
