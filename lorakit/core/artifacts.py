@@ -33,7 +33,7 @@ import yaml
 from lorakit import __version__
 from lorakit.core import disk
 from lorakit.core.disk import MANIFEST
-from lorakit.core.errors import ArtifactDamaged, InputRefused, Mismatch, differences, disk_failed
+from lorakit.core.errors import ArtifactDamaged, InputRefused, Mismatch, UsageError, differences, disk_failed
 from lorakit.core.untrusted import MAX_SETTINGS_BYTES, parse_json, read_small
 
 if TYPE_CHECKING:
@@ -240,17 +240,45 @@ def lock(target: Path, on_wait: Callable[[str], None] | None = None) -> Iterator
     """Hold `target` for one process and sweep what a killed one left there.
 
     Where another process holds it: raises Busy, or tells `on_wait` (again and again) and waits for it. Raises
-    DiskFailed where the place can't be written.
+    DiskFailed where the place can't be written, UsageError where its name leaves no room for that of a stage.
     """
     target = target.resolve()
-    path = (target if os.path.ismount(target) else target.parent) / f".{target.name}.lock"
+    path = _lock_of(target)
     disk.make_folder(path.parent)
+    _refuse_long_name(target)
     with disk.held(path, on_wait):
         try:
             _sweep(target)
         except OSError as error:
             raise disk_failed(error, target) from error
         yield
+
+
+def is_held(target: Path) -> bool:
+    """Whether a process holds `target` now, as far as that can be told without touching it."""
+    try:
+        return disk.keeps_out(_lock_of(target.resolve()))
+    except OSError:
+        return False
+
+
+def _lock_of(target: Path) -> Path:
+    return (target if os.path.ismount(target) else target.parent) / f".{target.name}.lock"
+
+
+def _refuse_long_name(target: Path) -> None:
+    """Raises UsageError where a stage or the lock's other files would have a name that the file system can't hold."""
+    added = len(f"..lock.{uuid.uuid4().hex}.lock")
+    try:
+        longest = os.pathconf(target.parent, "PC_NAME_MAX") - added
+    except (OSError, ValueError):
+        return  # what it is, is found when a name is made
+    if len(os.fsencode(target.name)) > longest:
+        raise UsageError(
+            f"--output …/{target.name[:30]}…: found a name of {len(os.fsencode(target.name))} bytes, need at most "
+            f"{longest} ({added} are added while it is written)",
+            "choose a shorter one",
+        )
 
 
 def claim(

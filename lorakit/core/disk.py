@@ -197,7 +197,7 @@ def held(path: Path, on_wait: Callable[[str], None] | None = None) -> Iterator[N
         try:
             descriptor = _locked(path)
             try:
-                owned = None if _keeps_out(path) else _owned(path)
+                owned = None if keeps_out(path) else _owned(path)
             except BaseException:
                 os.close(descriptor)
                 raise
@@ -270,12 +270,13 @@ def _busy(path: Path, holder: str) -> Busy:
     )
 
 
-def _keeps_out(path: Path) -> bool:
-    """Whether a lock that is held keeps a second one out: some network disks grant every one. Raises OSError."""
+def keeps_out(path: Path) -> bool:
+    """Whether the lock file is held and that keeps a second one out: some network disks grant every one. Raises
+    OSError."""
     try:
-        second = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        second = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
-        return False  # its last owner unlinked it, whom no lock kept apart
+        return False  # nobody holds it, or its last owner unlinked it, whom no lock kept apart
     try:
         fcntl.flock(second, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return False

@@ -14,7 +14,7 @@ import pytest
 
 from lorakit.core import artifacts, disk
 from lorakit.core.config import PrepareConfig
-from lorakit.core.errors import ArtifactDamaged, Busy, InputRefused, Mismatch
+from lorakit.core.errors import ArtifactDamaged, Busy, InputRefused, Mismatch, UsageError
 from tests.conftest import Ran
 
 CONFIG = PrepareConfig.resolve((None, {"dataset": "rows.jsonl", "tokenizer": "owner/name"}))
@@ -255,6 +255,32 @@ def test_what_isnt_lorakits_is_never_touched(overwrite: bool, tmp_path: Path) ->
         with pytest.raises(InputRefused, match="lorakit's, need a new or empty folder"):
             claim(tmp_path / name, overwrite=overwrite)
     assert content(tmp_path) == before
+
+
+@pytest.mark.parametrize("letter", ["n", "é"])
+def test_a_name_that_leaves_no_room_for_a_stages_is_told_at_once(letter: str, tmp_path: Path) -> None:
+    size = len(letter.encode())
+    too_long = tmp_path / (letter * (212 // size + 1))
+    with pytest.raises(UsageError, match=r"bytes, need at most 211") as caught, artifacts.lock(too_long):
+        pass
+    assert len(caught.value.message) < 200
+    assert os.listdir(tmp_path) == []
+    target = tmp_path / (letter * (211 // size))
+    with artifacts.lock(target):
+        commit(target)
+        commit(target, config=OTHER)
+    assert os.listdir(tmp_path) == [target.name]
+
+
+@pytest.mark.usefixtures("no_locks")
+def test_the_longest_name_is_one_also_where_locks_do_nothing(tmp_path: Path) -> None:
+    with artifacts.lock(tmp_path / ("n" * 211)):
+        pass
+
+
+@pytest.fixture
+def no_locks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(disk.fcntl, "flock", lambda *_: None)
 
 
 # One process at a time
