@@ -155,6 +155,10 @@ def open_adapter(folder: Path, report: Report) -> Adapter:
     checkpoints = sorted((folder / "checkpoints").glob("step-*"))
     if not (folder / CONFIG).is_file() and not artifacts.is_artifact(folder):
         if checkpoints or (folder / "metrics.jsonl").exists():
+            if artifacts.is_held(folder):
+                raise InputRefused(
+                    f"{folder}: found a run that is being trained, need a finished one", "wait until it is done"
+                )
             steps = f"stopped after step {int(checkpoints[-1].name[5:])}" if checkpoints else "without a checkpoint yet"
             raise InputRefused(
                 f"{folder}: found an unfinished run, {steps}; need a finished one",

@@ -95,7 +95,7 @@ def _opened(
     config: MergeConfig, report: Report
 ) -> tuple[list[tuple[Adapter, float]], Weights, dict[Path, disk.Stamp | None]]:
     """Each adapter and its weight, their base, and the stamps that their files had before the first byte was read."""
-    folders = [model_folder(name) for name, _ in config.adapter.weighted]
+    folders = [model_folder(name, need="an adapter") for name, _ in config.adapter.weighted]
     if twice := next((folder for folder in folders if _is_twice(folder, folders)), None):
         raise UsageError(
             f"found the adapter {twice} twice, need each once", f"give it once, with a weight: {twice}:2 counts double"

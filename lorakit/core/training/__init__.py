@@ -208,7 +208,7 @@ def _inputs(config: TrainConfig, world: World, report: Report) -> tuple[Weights,
                 weights = open_weights(model_folder(config.model.model))
                 found["base"] = weights.fingerprint
                 if config.lora_kind.adapter is not None:
-                    adapter = open_adapter(model_folder(config.lora_kind.adapter), report)
+                    adapter = open_adapter(model_folder(config.lora_kind.adapter, need="an adapter"), report)
                     found["adapter"] = disk.sha256(adapter.folder / WEIGHTS)
     return weights, adapter, found
 

@@ -195,6 +195,35 @@ def test_the_same_adapter_twice_is_refused(cli: Cli, tiny_llama: Path, tmp_path:
         assert f"found the adapter {adapter} twice, need each once" in ran.err
 
 
+@pytest.mark.parametrize(
+    ("name", "code", "words"),
+    [
+        ("rows.jsonl", 3, "found a file, need an adapter folder or a hub id"),
+        ("./nope", 3, "found no such folder, need an adapter folder or a hub id"),
+        ("nope", 12, "or give a folder that holds an adapter"),
+        ("runs/a:x", 2, "found 'runs/a:x', need folders or hub ids, each once, a weight behind the last colon"),
+    ],
+)
+def test_what_is_no_adapter_is_told_so(
+    name: str, code: int, words: str, cli: Cli, rows_file: Path, tmp_path: Path
+) -> None:
+    ran = cli("merge", name, "--output", tmp_path / "merged")
+    assert ran.code == code
+    assert words in " ".join(ran.err.split())
+
+
+def test_a_run_that_is_being_trained_is_told_from_one_that_stopped(cli: Cli, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "metrics.jsonl").touch()
+    with artifacts.lock(run):
+        ran = cli("merge", run, "--output", tmp_path / "merged")
+    assert ran.code == 3
+    assert "found a run that is being trained, need a finished one" in ran.err
+    ran = cli("merge", run, "--output", tmp_path / "merged")
+    assert "found an unfinished run" in ran.err
+
+
 def test_a_merge_that_gives_other_numbers_is_never_put_in_place(
     cli: Cli, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
