@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from lorakit.core.config import StepConfig
 
 SETTINGS = "lorakit.yaml"
+BACKUP = "config.json.before-patch-attention"
+"""What `lorakit patch-attention --apply-to` leaves beside the model's own files."""
 FORMAT = 1
 LIBRARIES = ("torch", "transformers", "peft", "tokenizers", "safetensors", "numpy")
 """Whose versions a manifest records: what could change an artifact's bytes."""
@@ -332,7 +334,7 @@ def refuse_foreign(target: Path, own: Collection[str] = ()) -> None:
     for `own` that its maker leaves there: they would go with it. On a mount point they stay."""
     if os.path.ismount(target.resolve()):
         return
-    foreign = sorted(set(_visible(target)) - {MANIFEST, *_named_in(target / MANIFEST), *own})
+    foreign = sorted(set(_visible(target)) - {MANIFEST, BACKUP, *_named_in(target / MANIFEST), *own})
     if foreign:
         more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
         raise Mismatch(

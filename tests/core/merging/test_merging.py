@@ -131,6 +131,17 @@ def test_the_same_merge_again_is_already_done(cli: Cli, tiny_llama: Path, tmp_pa
     assert cli("merge", other, "--output", tmp_path / "merged", "--overwrite").code == 0
 
 
+def test_what_patch_attention_left_is_replaced_with_the_model(cli: Cli, tiny_llama: Path, tmp_path: Path) -> None:
+    one, two = (make_adapter(tmp_path / str(seed), tiny_llama, seed=seed) for seed in (1, 2))
+    merged = tmp_path / "merged"
+    assert cli("merge", one, "--output", merged).code == 0
+    before = set(merged.iterdir())
+    assert cli("patch-attention", "--apply-to", merged, "--implementation", "sdpa").code == 0
+    assert len(set(merged.iterdir()) - before) == 1
+    assert cli("merge", two, "--output", merged, "--overwrite").code == 0
+    assert set(merged.iterdir()) == before
+
+
 @pytest.mark.parametrize("changed", ["lora_alpha", "tokenizer_config.json", "generation_config.json"])
 def test_other_settings_of_the_inputs_are_other_work(changed: str, cli: Cli, tmp_path: Path) -> None:
     base = make_llama(tmp_path / "base")
