@@ -1,5 +1,6 @@
 """Config models as command lines: every option arrives as typed, a settings file is read strictly, help shows all."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -424,7 +425,7 @@ def test_a_file_that_cant_be_read_is_a_disk_failure(tmp_path: Path, monkeypatch:
         raise OSError(5, "Input/output error", str(path))
 
     path = settings_file(tmp_path, "rank: 4\n")
-    monkeypatch.setattr(Path, "open", broken)
+    monkeypatch.setattr(os, "open", broken)
     with pytest.raises(DiskFailed, match="found 'Input/output error'"):
         read_settings(path)
 

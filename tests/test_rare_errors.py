@@ -92,7 +92,7 @@ def test_an_artifact_whose_disk_fails_is_named(
     arguments: tuple[Any, ...] = {
         artifacts.reopen: (artifact, ()),
         artifacts.amend: (artifact, "a", b"others"),
-        artifacts.replace: (artifact, artifact.with_name("other")),
+        artifacts.replace: (artifact, artifact.with_name("other"), ()),
     }.get(call, (artifact,))
     shows(*IO, call, *arguments)
     monkeypatch.undo()
@@ -102,8 +102,10 @@ def test_an_artifact_whose_disk_fails_is_named(
 def test_reading_an_artifact_on_a_disk_that_fails(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(disk, "sha256", failing)
     shows(*IO, artifacts.open_artifact, artifact, "base")
-    monkeypatch.setattr(Path, "open", failing)
+    monkeypatch.setattr(os, "open", failing)
     shows(*IO, artifacts.read_manifest, artifact)
+    monkeypatch.setattr(Path, "stat", failing)
+    shows(*IO, disk.stamp, artifact)
 
 
 def test_sweeping_on_a_disk_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

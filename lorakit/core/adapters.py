@@ -155,6 +155,10 @@ def open_adapter(folder: Path, report: Report) -> Adapter:
     checkpoints = sorted((folder / "checkpoints").glob("step-*"))
     if not (folder / CONFIG).is_file() and not artifacts.is_artifact(folder):
         if checkpoints or (folder / "metrics.jsonl").exists():
+            if artifacts.is_held(folder):
+                raise InputRefused(
+                    f"{folder}: found a run that is being trained, need a finished one", "wait until it is done"
+                )
             steps = f"stopped after step {int(checkpoints[-1].name[5:])}" if checkpoints else "without a checkpoint yet"
             raise InputRefused(
                 f"{folder}: found an unfinished run, {steps}; need a finished one",
@@ -211,10 +215,12 @@ def _refuse_unusable(folder: Path, config: Mapping[str, Any]) -> None:
                 f"{folder}: found lora_alpha = {alpha!r}, need a number above 0", "use an adapter that has a scale"
             )
     targets = [config.get(key) for key in ("target_modules", "exclude_modules", "layers_pattern")]
-    for pattern in (*patterns[0], *patterns[1], *(pattern for pattern in targets if isinstance(pattern, str))):
+    whole = {pattern: pattern for pattern in targets if isinstance(pattern, str)}
+    for pattern, used in {**whole, **{pattern: _at_end(pattern) for each in patterns for pattern in each}}.items():
         try:
             with warnings.catch_warnings(action="ignore"):
                 re.compile(pattern)
+                re.compile(used)
         except (re.error, RecursionError, OverflowError) as error:
             raise InputRefused(
                 f"{folder}: found the pattern {pattern!r} ({error}), need a regular expression",
@@ -308,7 +314,9 @@ def _replacement(adapter: Adapter, base: Weights, name: str, whole: Mapping[str,
         return f"{name}: {list(shape)}, need {list(there.shape)}"
     if target in whole:
         return f"{name}: a second tensor for {target}"
-    return Replacement(target, name, shared=not _is_saved_module(adapter, target))
+    # what peft saves of a tied module that isn't trained whole is the base's own, and not what the other one became
+    shared = not any(_is_saved_module(adapter, each) for each in (target, base.embedding, HEAD))
+    return Replacement(target, name, shared)
 
 
 def _lora(
@@ -381,9 +389,14 @@ def _rows(adapter: Adapter, base: Weights, module: str, name: str, whole: Mappin
 def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
     """The value of the first pattern that matches a module's name or its end, as PEFT chooses it."""
     for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
+        if re.match(_at_end(pattern), module):
             return value
     return default
+
+
+def _at_end(pattern: str) -> str:
+    """A pattern for a module's name or its end, as PEFT writes it."""
+    return rf"(.*\.)?({pattern})$"
 
 
 def _is_part(name: str) -> bool:

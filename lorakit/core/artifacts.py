@@ -19,6 +19,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import sys
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -32,13 +33,15 @@ import yaml
 from lorakit import __version__
 from lorakit.core import disk
 from lorakit.core.disk import MANIFEST
-from lorakit.core.errors import ArtifactDamaged, InputRefused, Mismatch, differences, disk_failed
+from lorakit.core.errors import ArtifactDamaged, InputRefused, Mismatch, UsageError, differences, disk_failed
 from lorakit.core.untrusted import MAX_SETTINGS_BYTES, parse_json, read_small
 
 if TYPE_CHECKING:
     from lorakit.core.config import StepConfig
 
 SETTINGS = "lorakit.yaml"
+BACKUP = "config.json.before-patch-attention"
+"""What `lorakit patch-attention --apply-to` leaves beside the model's own files."""
 FORMAT = 1
 LIBRARIES = ("torch", "transformers", "peft", "tokenizers", "safetensors", "numpy")
 """Whose versions a manifest records: what could change an artifact's bytes."""
@@ -210,8 +213,9 @@ def open_artifact(folder: Path, kind: str) -> Artifact:
     for name, entry in manifest["files"].items():
         path = folder / name
         try:
-            found = f"{path.stat().st_size} bytes"
-            damaged = path.stat().st_size != entry["bytes"]
+            there = path.stat()
+            found = f"{there.st_size} bytes" if stat.S_ISREG(there.st_mode) else "something that is no file"
+            damaged = there.st_size != entry["bytes"] or not stat.S_ISREG(there.st_mode)
             if not damaged and disk.sha256(path) != entry["sha256"]:
                 found, damaged = "other bytes than were written", True
         except FileNotFoundError:
@@ -238,17 +242,45 @@ def lock(target: Path, on_wait: Callable[[str], None] | None = None) -> Iterator
     """Hold `target` for one process and sweep what a killed one left there.
 
     Where another process holds it: raises Busy, or tells `on_wait` (again and again) and waits for it. Raises
-    DiskFailed where the place can't be written.
+    DiskFailed where the place can't be written, UsageError where its name leaves no room for that of a stage.
     """
     target = target.resolve()
-    path = (target if os.path.ismount(target) else target.parent) / f".{target.name}.lock"
+    path = _lock_of(target)
     disk.make_folder(path.parent)
+    _refuse_long_name(target)
     with disk.held(path, on_wait):
         try:
             _sweep(target)
         except OSError as error:
             raise disk_failed(error, target) from error
         yield
+
+
+def is_held(target: Path) -> bool:
+    """Whether a process holds `target` now, as far as that can be told without touching it."""
+    try:
+        return disk.keeps_out(_lock_of(target.resolve()))
+    except OSError:
+        return False
+
+
+def _lock_of(target: Path) -> Path:
+    return (target if os.path.ismount(target) else target.parent) / f".{target.name}.lock"
+
+
+def _refuse_long_name(target: Path) -> None:
+    """Raises UsageError where a stage or the lock's other files would have a name that the file system can't hold."""
+    added = len(f"..lock.{uuid.uuid4().hex}.lock")
+    try:
+        longest = os.pathconf(target.parent, "PC_NAME_MAX") - added
+    except (OSError, ValueError):
+        return  # what it is, is found when a name is made
+    if len(os.fsencode(target.name)) > longest:
+        raise UsageError(
+            f"--output …/{target.name[:30]}…: found a name of {len(os.fsencode(target.name))} bytes, need at most "
+            f"{longest} ({added} are added while it is written)",
+            "choose a shorter one",
+        )
 
 
 def claim(
@@ -260,14 +292,16 @@ def claim(
     overwrite: bool,
     unfinished: Collection[str] = (),
     may_differ: Collection[str] = (),
+    may_lack: Collection[str] = (),
     hint: str = "choose another --output, or add --overwrite",
 ) -> Artifact | None:
     """The artifact that this very work has made at `target` already, or None where the target may be written.
 
     `unfinished` names what work of this kind leaves at its target before it is done, `may_differ` settings that may be
-    others than the artifact's. Raises Mismatch where `target`
-    holds other work, InputRefused where it holds something that isn't lorakit's: neither is ever touched, and only the
-    first can be overwritten on request.
+    others than the artifact's, `may_lack` parents that one of an older lorakit doesn't name.
+
+    Raises Mismatch where `target` holds other work, InputRefused where it holds something that isn't lorakit's: neither
+    is ever touched, and only the first can be overwritten on request.
     """
     if not target.exists() or (target.is_dir() and set(_visible(target)) <= set(unfinished)):
         return None
@@ -284,12 +318,30 @@ def claim(
                 f"{target}: found {manifest['kind']}, need a new or empty folder for {kind}",
                 "choose another --output, or replace it with --overwrite",
             )
-        refuse_other_work(Artifact(target, manifest), config, parents, hint, may_differ)
+        artifact = Artifact(target, manifest)
+        known = {name: parents[name] for name in parents if name not in may_lack or name in artifact.parents}
+        refuse_other_work(artifact, config, known, hint, may_differ)
         return open_artifact(target, kind)
     except (ArtifactDamaged, Mismatch):
         if overwrite:
+            refuse_foreign(target, unfinished)
             return None
         raise
+
+
+def refuse_foreign(target: Path, own: Collection[str] = ()) -> None:
+    """Raises Mismatch where an artifact that is to be replaced has files beside it that its manifest doesn't name, but
+    for `own` that its maker leaves there: they would go with it. On a mount point they stay."""
+    if os.path.ismount(target.resolve()):
+        return
+    foreign = sorted(set(_visible(target)) - {MANIFEST, BACKUP, *_named_in(target / MANIFEST), *own})
+    if foreign:
+        more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
+        raise Mismatch(
+            f"{target}: found {foreign[0]}{more} that {MANIFEST} doesn't name, need a folder of lorakit's files alone "
+            "to replace",
+            "move what is yours elsewhere, or choose another --output",
+        )
 
 
 def refuse_other_work(
@@ -362,7 +414,7 @@ def commit(
                 placing = True  # from here on what fails is completed by the next sweep
                 _move_in(stage, target)
             else:
-                _replace(stage, target, target.parent / f".trash-{target.name}-{token}")
+                _replace(stage, target, target.parent / f".trash-{target.name}-{token}", ())
         except BaseException:
             if not placing:
                 _discard(stage)
@@ -420,11 +472,12 @@ def amend(folder: Path, name: str, content: bytes) -> None:
         raise disk_failed(error, folder) from error
 
 
-def replace(new: Path, target: Path) -> None:
-    """Give a whole artifact the name of another one, which goes only after that. Raises DiskFailed."""
+def replace(new: Path, target: Path, own: Collection[str]) -> None:
+    """Give a whole artifact the name of another one, which goes only after that, with what is its maker's `own` besides
+    the files that its manifest names. Raises Mismatch where there is more, DiskFailed."""
     target = target.resolve()
     try:
-        _replace(new, target, target.with_name(f".trash-{target.name}-{uuid.uuid4().hex}"))
+        _replace(new, target, target.with_name(f".trash-{target.name}-{uuid.uuid4().hex}"), own)
     except OSError as error:
         raise disk_failed(error, target) from error
 
@@ -474,10 +527,11 @@ def _library_versions() -> dict[str, str]:
     return versions
 
 
-def _replace(stage: Path, target: Path, trash: Path) -> None:
-    """Put the stage at the target's name; what was there goes only after that."""
+def _replace(stage: Path, target: Path, trash: Path, own: Collection[str]) -> None:
+    """Put the stage at the target's name; what was there goes only after that, and only where it is lorakit's."""
     replacing = target.exists()
     if replacing:
+        refuse_foreign(target, own)
         os.rename(target, trash)
     try:
         os.rename(stage, target)
@@ -511,11 +565,11 @@ def _move_in(stage: Path, target: Path) -> None:
 
 
 def _named_in(manifest: Path) -> set[str]:
-    """The files that a manifest names; none where it is damaged, as one that --overwrite replaces may be."""
+    """The files that a manifest names; none where there is none, or a damaged one, as --overwrite may find."""
     try:
         content = parse_json(manifest.read_bytes())
         return set(content["files"]) if _is_lorakits(content) else set()
-    except (ValueError, AttributeError, TypeError):
+    except (FileNotFoundError, ValueError, AttributeError, TypeError):
         return set()
 
 

@@ -133,12 +133,9 @@ def _absolute_if_local(name: str) -> str:
 
 
 def _name_and_weight(name: str) -> tuple[str, float]:
-    """`A:0.7` split at its last colon; a folder that bears such a name itself has weight 1."""
+    """`A:0.7` split at its last colon; a folder that bears such a name itself has weight 1. Raises ValueError."""
     before, colon, weight = name.rpartition(":")
-    try:
-        return (before, float(weight)) if colon and not os.path.exists(name) else (name, 1.0)
-    except ValueError:
-        return name, 1.0
+    return (before, float(weight)) if colon and not os.path.exists(name) else (name, 1.0)
 
 
 def _absolute_adapter(name: str) -> str:

@@ -12,14 +12,15 @@ import json
 import os
 import shutil
 import socket
+import stat
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorakit.core.errors import Busy, DiskFailed, disk_failed
+from lorakit.core.errors import Busy, DiskFailed, Mismatch, disk_failed
 
 MANIFEST = "lorakit.json"
 """The file that makes a folder an artifact, see artifacts.py."""
@@ -38,6 +39,9 @@ Piece = bytes | memoryview | FileRange
 Content = bytes | Iterable[Piece]
 """A file's bytes, at once or in pieces."""
 
+Stamp = tuple[int, int, int, int]
+"""A file's device and number, its size, and when it was written to, in nanoseconds."""
+
 _PIECE_BYTES = 16 * 2**20
 _READ_BYTES = 2**20
 _COPIED_BYTES = 64 * 2**20  # by the kernel at a time; what is read for the hash comes from its cache then
@@ -52,16 +56,30 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def stamp(path: Path) -> tuple[int, int, int, int]:
-    """Device, number, size and time of the last change (ns) of a file: others where it is another one, or was changed.
-    Raises OSError."""
-    found = path.stat()
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
-
-
 def described(path: Path) -> dict[str, Any]:
     """Size and hash of a file, as a manifest lists it. Raises OSError."""
     return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+def stamp(path: Path) -> Stamp | None:
+    """What differs once a file was written to or replaced; None where there is none. Raises DiskFailed."""
+    try:
+        there = path.stat()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise disk_failed(error, path) from error
+    return there.st_dev, there.st_ino, there.st_size, there.st_mtime_ns
+
+
+def require_unchanged(stamps: Mapping[Path, Stamp | None]) -> None:
+    """Raises Mismatch where a file isn't the one any more that had this stamp: what was read of it may be of two."""
+    for path, before in stamps.items():
+        if stamp(path) != before:
+            raise Mismatch(
+                f"{path}: found that it was changed while it was read, need the same bytes from beginning to end",
+                "run the same command again once nothing writes to it; nothing was put in place",
+            )
 
 
 def write_new(path: Path, content: Content) -> dict[str, Any]:
@@ -179,7 +197,7 @@ def held(path: Path, on_wait: Callable[[str], None] | None = None) -> Iterator[N
         try:
             descriptor = _locked(path)
             try:
-                owned = None if _keeps_out(path) else _owned(path)
+                owned = None if keeps_out(path) else _owned(path)
             except BaseException:
                 os.close(descriptor)
                 raise
@@ -209,7 +227,7 @@ def held(path: Path, on_wait: Callable[[str], None] | None = None) -> Iterator[N
 def _locked(path: Path) -> int:
     """The descriptor of the lock file, locked; it is the file that `path` still names (its last owner unlinks it)."""
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        descriptor = _opened_lock(path)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -227,6 +245,21 @@ def _locked(path: Path) -> int:
         os.close(descriptor)
 
 
+def _opened_lock(path: Path) -> int:
+    """The descriptor of the lock file, made where there is none; never of what a link leads to, for it is written to.
+    Raises DiskFailed, OSError."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        found = os.fstat(descriptor)
+        if stat.S_ISREG(found.st_mode) and found.st_nlink <= 1:
+            return descriptor
+        os.close(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise
+    raise DiskFailed(f"{path}: found a link, or no file, need lorakit's own lock file or none", "remove it")
+
+
 def _process() -> dict[str, Any]:
     return {"pid": os.getpid(), "host": socket.gethostname()}
 
@@ -237,12 +270,13 @@ def _busy(path: Path, holder: str) -> Busy:
     )
 
 
-def _keeps_out(path: Path) -> bool:
-    """Whether a lock that is held keeps a second one out: some network disks grant every one. Raises OSError."""
+def keeps_out(path: Path) -> bool:
+    """Whether the lock file is held and that keeps a second one out: some network disks grant every one. Raises
+    OSError."""
     try:
-        second = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        second = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
-        return False  # its last owner unlinked it, whom no lock kept apart
+        return False  # nobody holds it, or its last owner unlinked it, whom no lock kept apart
     try:
         fcntl.flock(second, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return False

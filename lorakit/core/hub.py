@@ -34,12 +34,18 @@ PACKINGS = (".gz", ".zst")
 """Suffixes of compression, behind one of a kind."""
 
 
-def model_folder(name: str, timeout_seconds: float = 10.0) -> Path:
+def is_hub_id(name: str) -> bool:
+    """Whether a repository of the Hub may bear this name; a folder here may bear it too."""
+    return len(name) <= _MAX_HUB_ID and _HUB_ID.fullmatch(name) is not None
+
+
+def model_folder(name: str, timeout_seconds: float = 10.0, need: str = "a model") -> Path:
     """The folder of a model or adapter; a hub id is downloaded (safetensors and JSON only) or found in the Hub's cache.
+    `need` is what errors call it.
 
     Raises InputRefused where `name` is neither, HubFailed where the Hub can't be reached or refuses.
     """
-    return _model(name, _FILES, timeout_seconds)
+    return _model(name, _FILES, timeout_seconds, need)
 
 
 def config_folder(name: str, timeout_seconds: float = 10.0) -> Path:
@@ -57,7 +63,7 @@ def dataset_snapshot(name: str, revision: str | None, timeout_seconds: float = 1
     again and is found without a network. The folder doesn't exist where the dataset has none of these files.
     Raises InputRefused where `name` is no hub id, HubFailed where the Hub can't be reached or refuses.
     """
-    if not _HUB_ID.fullmatch(name) or len(name) > _MAX_HUB_ID:
+    if not is_hub_id(name):
         raise InputRefused(
             f"{name}: found no such file or folder, need one or a hub id of a dataset (owner/name)", "check the path"
         )
@@ -75,7 +81,7 @@ def push_folder(folder: Path, name: str, *, private: bool, report: Report) -> st
     import huggingface_hub
     from huggingface_hub import errors
 
-    if not _HUB_ID.fullmatch(name) or len(name) > _MAX_HUB_ID:
+    if not is_hub_id(name):
         raise UsageError(f"--push-to-hub {name}: found no hub id, need owner/name", "correct the name")
     report(Notice(f"uploading {folder} to {name}"))
     again = f"{folder} is whole, and the same command goes on with the upload"
@@ -120,16 +126,18 @@ def _quiet_hub() -> Iterator[None]:
             enable_progress_bars()
 
 
-def _model(name: str, patterns: Iterable[str], timeout_seconds: float) -> Path:
+def _model(name: str, patterns: Iterable[str], timeout_seconds: float, need: str = "a model") -> Path:
     if os.path.isdir(name):
         return Path(name)
-    if os.path.exists(name) or not _HUB_ID.fullmatch(name) or len(name) > _MAX_HUB_ID:
+    if os.path.exists(name) or not is_hub_id(name):
         found = "a file" if os.path.exists(name) else "no such folder"
-        raise InputRefused(f"{name}: found {found}, need a model folder or a hub id (owner/name)", "check the path")
-    return _snapshot(name, "model", "main", patterns, timeout_seconds)
+        raise InputRefused(f"{name}: found {found}, need {need} folder or a hub id (owner/name)", "check the path")
+    return _snapshot(name, "model", "main", patterns, timeout_seconds, need)
 
 
-def _snapshot(name: str, what: str, revision: str, patterns: Iterable[str], timeout_seconds: float) -> Path:
+def _snapshot(
+    name: str, what: str, revision: str, patterns: Iterable[str], timeout_seconds: float, need: str | None = None
+) -> Path:
     """The local folder of a repository on the Hub, which is named by its commit; `what` is "model" or "dataset"."""
     import huggingface_hub
     from huggingface_hub import errors
@@ -170,5 +178,5 @@ def _snapshot(name: str, what: str, revision: str, patterns: Iterable[str], time
             ) from None
         raise HubFailed(
             f"{name}: found no such folder and no answer of the Hub ({first_line(error)}), need one of them",
-            f"check the spelling or the network, or give a folder that holds the {what}",
+            f"check the spelling or the network, or give a folder that holds {need or f'the {what}'}",
         ) from None

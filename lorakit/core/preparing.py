@@ -42,7 +42,7 @@ from lorakit.core.config import (
     TrainDataSection,
 )
 from lorakit.core.environment import cache_folder, one_thread_for_tokenizers, usable_cores
-from lorakit.core.errors import InputRefused, Mismatch, OutOfMemory, UsageError
+from lorakit.core.errors import InputRefused, OutOfMemory, UsageError
 from lorakit.core.events import Notice, Progress, Report
 from lorakit.core.hub import model_folder
 from lorakit.core.packing import Packer, cut
@@ -170,7 +170,7 @@ def prepare(config: PrepareConfig, report: Report) -> Prepared:
     if _workers(config, dataset) > 1:
         _start_server()
     sources = [source for source in (dataset, validation) if source is not None]
-    stamps = [source.stamps() for source in sources]
+    stamps = {path: stamp for source in sources for path, stamp in source.stamps().items()}
     parents = {"dataset": dataset.fingerprint(), "tokenizer": spec.fingerprint}
     parents["template"] = artifacts.fingerprint([_RENDERING, *_given_template(config.packing.template)])
     if validation is not None:
@@ -188,7 +188,7 @@ def prepare(config: PrepareConfig, report: Report) -> Prepared:
         facts: dict[str, Any] = {}
         kept = cache_folder() / "rejected" / f"{key}.jsonl"
         made = _files(work, dataset, validation, target, kept, facts, report)
-        files = itertools.chain(made, _unchanged(sources, stamps))
+        files = itertools.chain(made, _unchanged(stamps))
         artifacts.commit(target, "blocks", files, config=config, parents=parents, facts=facts)
     return Prepared(path=target, preview=preview, cached=False, **facts)
 
@@ -225,11 +225,11 @@ def _datasets(config: PrepareConfig, report: Report) -> tuple[Dataset, Dataset |
         default_splits=("validation", "test", "train"),
         report=report,
     )
-    trained_on = {stamp[:2] for stamp in dataset.stamps()}
-    for file, stamp in zip(validation.files, validation.stamps(), strict=True):
-        if stamp[:2] in trained_on:
+    trained_on = {stamp[:2] for stamp in dataset.stamps().values() if stamp is not None}
+    for path, stamp in validation.stamps().items():
+        if stamp is not None and stamp[:2] in trained_on:
             raise UsageError(
-                f"--validation-dataset: found a file that is also trained on ({file.name}), need others",
+                f"--validation-dataset: found a file that is also trained on ({path}), need others",
                 "name other files, or hold rows out with --validation-split",
             )
     return dataset, validation
@@ -629,15 +629,9 @@ def _files(
     }
 
 
-def _unchanged(sources: Sequence[Dataset], stamps: Sequence[Sequence[tuple[int, ...]]]) -> Iterator[NoReturn]:
+def _unchanged(stamps: Mapping[Path, disk.Stamp | None]) -> Iterator[NoReturn]:
     """No file of its own. Raises Mismatch where what was read needn't be what was hashed."""
-    for source, before in zip(sources, stamps, strict=True):
-        for file, old, new in zip(source.files, before, source.stamps(), strict=True):
-            if old != new:
-                raise Mismatch(
-                    f"{file.name}: found that it changed while it was read, need it as it was",
-                    "wait until it is written, then run the same command again",
-                )
+    disk.require_unchanged(stamps)
     yield from ()
 
 

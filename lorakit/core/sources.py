@@ -50,11 +50,11 @@ class Dataset:
 
     def fingerprint(self) -> str:
         """The hash of every file's kind and bytes, in order; names, places and times don't count. Raises DiskFailed."""
-        return artifacts.fingerprint([[file.kind, _on_disk(file, disk.sha256)] for file in self.files])
+        return artifacts.fingerprint([[file.kind, _hash(file)] for file in self.files])
 
-    def stamps(self) -> list[tuple[int, int, int, int]]:
-        """`disk.stamp` of every file, in order. Raises DiskFailed."""
-        return [_on_disk(file, disk.stamp) for file in self.files]
+    def stamps(self) -> dict[Path, disk.Stamp | None]:
+        """`disk.stamp` of every file. Raises DiskFailed."""
+        return {file.path: disk.stamp(file.path) for file in self.files}
 
     def chunks(self) -> Iterator[Chunk]:
         """The raw rows of all files, in order, a chunk at a time.
@@ -68,9 +68,9 @@ class Dataset:
             before_bytes += size_bytes_of(file)
 
 
-def _on_disk(file: File, look: Callable[[Path], Any]) -> Any:
+def _hash(file: File) -> str:
     try:
-        return look(file.path)
+        return disk.sha256(file.path)
     except OSError as error:
         raise disk_failed(error, file.path) from error
 

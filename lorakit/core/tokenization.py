@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 _FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "config.json", "vocab.*")
 _MORE_FILES = ("merges.txt", "spiece.model", "additional_chat_templates/*.jinja")
 _FORMAT = 2
-_MAX_BYTES = 128 * 2**20  # of tokenizer.json: the largest have a third of it
+MAX_BYTES = 128 * 2**20
+"""Of a file of a tokenizer: the largest tokenizer.json have a third of it."""
 _MAX_ID = 2**24
 _WORTH_A_BEGINNING = 16  # texts
 
@@ -117,7 +118,7 @@ def _refuse_unusable(path: Path) -> None:
     if not path.exists():
         return
     hint = "download it again"
-    content = read_json_object(path, hint, _MAX_BYTES)
+    content = read_json_object(path, hint, MAX_BYTES)
     model, added = content.get("model"), content.get("added_tokens")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     tokens = list(vocabulary.items()) if isinstance(vocabulary, dict) else []

@@ -5,18 +5,20 @@ installed packages are not. Nothing here needs torch.
 """
 
 import contextlib
+import errno
 import gc
 import json
 import math
 import os
 import signal
+import stat
 import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, BinaryIO
 
 import yaml
 
@@ -54,13 +56,37 @@ def parse_json(raw: bytes) -> Any:
     return value
 
 
+class NotAFile(ValueError):
+    """What a path is instead of a file: a folder, or no file at all."""
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[BinaryIO]:
+    """A file to be read, and only a file: a pipe would wait for whoever writes, a device might never end.
+
+    Raises NotAFile, OSError.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # a socket
+            raise NotAFile("no file") from None
+        raise
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        raise NotAFile("a folder" if stat.S_ISDIR(mode) else "no file")
+    with os.fdopen(descriptor, "rb") as file:
+        yield file
+
+
 def read_small(path: Path, max_bytes: int, hint: str) -> bytes:
     """The bytes of a file that should be small. Raises InputRefused (none, no file, too large), DiskFailed."""
     try:
-        if path.exists() and not path.is_file():
-            raise InputRefused(f"{path}: found {'a folder' if path.is_dir() else 'no file'}, need a file", hint)
-        with path.open("rb") as file:
+        with opened(path) as file:
             raw = file.read(max_bytes + 1)
+    except NotAFile as found:
+        raise InputRefused(f"{path}: found {found}, need a file", hint) from None
     except FileNotFoundError:
         raise InputRefused(f"{path.parent}: found no {path.name}, need one", hint) from None
     except OSError as error:

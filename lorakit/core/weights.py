@@ -15,7 +15,7 @@ from typing import Any
 
 from lorakit.core import artifacts, disk
 from lorakit.core.errors import ArtifactDamaged, InputRefused, disk_failed
-from lorakit.core.untrusted import parse_json, read_json_object
+from lorakit.core.untrusted import opened, parse_json, read_json_object
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -137,7 +137,9 @@ def open_weights(folder: Path) -> Weights:
             f"give the unquantized model{_unquantized_name(folder, config)}: numbers that were rounded to a few bits "
             "can't be taken back",
         )
-    if (folder / INDEX).is_file():
+    if (folder / SINGLE).is_file():  # also beside an index, as transformers reads it
+        weight_map = None
+    elif (folder / INDEX).is_file():
         weight_map = read_json_object(folder / INDEX, "", _MAX_INDEX_BYTES).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ArtifactDamaged(f"{folder / INDEX}: found no weight_map, need one", "download the model again")
@@ -147,8 +149,6 @@ def open_weights(folder: Path) -> Weights:
                     f"{folder / INDEX}: found the shard name {shard!r}, need a .safetensors file of that folder",
                     "don't use this model: its index points outside its folder",
                 )
-    elif (folder / SINGLE).is_file():
-        weight_map = None
     else:
         pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
         found = f"only pickle files ({pickles[0]})" if pickles else "no weights"
@@ -221,7 +221,7 @@ def read_header(path: Path) -> dict[str, TensorPlace]:
     problem = ""
     places: dict[str, TensorPlace] = {}
     try:
-        with path.open("rb") as file:
+        with opened(path) as file:
             header_bytes = int.from_bytes(file.read(8), "little")
             if not 2 <= header_bytes <= _MAX_HEADER_BYTES:
                 raise ValueError(f"a header of {header_bytes} bytes")
@@ -246,8 +246,6 @@ def read_header(path: Path) -> dict[str, TensorPlace]:
             raise ValueError(f"{path.stat().st_size} bytes where the header says {at}")
     except FileNotFoundError:
         problem = "no such file"
-    except IsADirectoryError:
-        problem = "a folder"
     except OSError as error:
         raise disk_failed(error, path) from error
     except KeyError as error:

@@ -14,7 +14,7 @@ import pytest
 
 from lorakit.core import artifacts, disk
 from lorakit.core.config import PrepareConfig
-from lorakit.core.errors import ArtifactDamaged, Busy, InputRefused, Mismatch
+from lorakit.core.errors import ArtifactDamaged, Busy, InputRefused, Mismatch, UsageError
 from tests.conftest import Ran
 
 CONFIG = PrepareConfig.resolve((None, {"dataset": "rows.jsonl", "tokenizer": "owner/name"}))
@@ -78,6 +78,14 @@ def test_a_file_that_is_longer_shorter_or_gone_is_found(name: str, tmp_path: Pat
     (folder / name).unlink()
     with pytest.raises(InputRefused if name == "lorakit.json" else ArtifactDamaged):
         artifacts.open_artifact(folder, "blocks")
+
+
+def test_a_pipe_in_a_files_place_is_never_waited_for(tmp_path: Path) -> None:
+    commit(tmp_path / "a")
+    (tmp_path / "a" / "blocks-00001.safetensors").unlink()  # of no bytes, as a pipe's size is
+    os.mkfifo(tmp_path / "a" / "blocks-00001.safetensors")
+    with pytest.raises(ArtifactDamaged, match="found something that is no file, need 0 bytes"):
+        artifacts.open_artifact(tmp_path / "a", "blocks")
 
 
 @pytest.mark.parametrize("raw", [b"", b"{}", b"[]", b"null", b"\xff", b"[" * 50_000, b'{"sha256": "0"}'])
@@ -212,6 +220,31 @@ def test_damage_is_told_and_may_be_overwritten(tmp_path: Path) -> None:
     assert claim(tmp_path / "a", overwrite=True) is None
 
 
+@pytest.mark.parametrize("foreign", ["thesis.tex", ".env", "notes"])
+def test_what_lies_beside_an_artifact_isnt_overwritten_with_it(foreign: str, tmp_path: Path) -> None:
+    """Neither what is there before the work, nor what comes while it is done."""
+    target = tmp_path / "a"
+    commit(target)
+    if foreign == "notes":
+        (target / foreign).mkdir()
+    path = target / "notes" / "deep.txt" if foreign == "notes" else target / foreign
+    path.write_text("mine")
+    before = content(tmp_path)
+    with pytest.raises(Mismatch, match=f"found {foreign} that lorakit.json doesn't name"):
+        claim(target, OTHER, overwrite=True)
+    with pytest.raises(Mismatch, match=f"found {foreign} that lorakit.json doesn't name"):
+        commit(target, {"y": b"new"}, config=OTHER)
+    assert content(tmp_path) == before
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_where_a_manifest_doesnt_say_what_is_lorakits_nothing_is_overwritten(tmp_path: Path) -> None:
+    commit(tmp_path / "a")
+    (tmp_path / "a" / "lorakit.json").write_text("{")
+    with pytest.raises(Mismatch, match=r"found blocks-00000\.safetensors and 3 more that"):
+        claim(tmp_path / "a", overwrite=True)
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_what_isnt_lorakits_is_never_touched(overwrite: bool, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
@@ -222,6 +255,32 @@ def test_what_isnt_lorakits_is_never_touched(overwrite: bool, tmp_path: Path) ->
         with pytest.raises(InputRefused, match="lorakit's, need a new or empty folder"):
             claim(tmp_path / name, overwrite=overwrite)
     assert content(tmp_path) == before
+
+
+@pytest.mark.parametrize("letter", ["n", "é"])
+def test_a_name_that_leaves_no_room_for_a_stages_is_told_at_once(letter: str, tmp_path: Path) -> None:
+    size = len(letter.encode())
+    too_long = tmp_path / (letter * (212 // size + 1))
+    with pytest.raises(UsageError, match=r"bytes, need at most 211") as caught, artifacts.lock(too_long):
+        pass
+    assert len(caught.value.message) < 200
+    assert os.listdir(tmp_path) == []
+    target = tmp_path / (letter * (211 // size))
+    with artifacts.lock(target):
+        commit(target)
+        commit(target, config=OTHER)
+    assert os.listdir(tmp_path) == [target.name]
+
+
+@pytest.mark.usefixtures("no_locks")
+def test_the_longest_name_is_one_also_where_locks_do_nothing(tmp_path: Path) -> None:
+    with artifacts.lock(tmp_path / ("n" * 211)):
+        pass
+
+
+@pytest.fixture
+def no_locks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(disk.fcntl, "flock", lambda *_: None)
 
 
 # One process at a time

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from lorakit.core import disk
-from lorakit.core.errors import Busy, DiskFailed
+from lorakit.core.errors import Busy, DiskFailed, Mismatch
 
 
 def test_a_call_that_takes_little_is_called_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,6 +152,51 @@ def test_a_full_disk_while_the_kernel_copies_is_not_taken_for_one_that_cant(
     monkeypatch.setattr(os, "copy_file_range", full)
     with pytest.raises(OSError, match="No space left"):
         disk.write_new(tmp_path / "new", [disk.FileRange(source_of(tmp_path, 10_000), 0, 10_000)])
+
+
+# Inputs
+
+
+def test_a_file_that_was_written_to_or_replaced_is_another(tmp_path: Path) -> None:
+    for name in ("written", "replaced", "gone", "same"):
+        (tmp_path / name).write_bytes(b"before")
+        os.utime(tmp_path / name, ns=(1, 1))
+    stamps = {path: disk.stamp(path) for path in [*tmp_path.iterdir(), tmp_path / "new"]}
+    disk.require_unchanged(stamps)
+    (tmp_path / "written").write_bytes(b"after!")
+    (tmp_path / "new").write_bytes(b"")
+    (tmp_path / "other").write_bytes(b"after!")
+    os.utime(tmp_path / "other", ns=(1, 1))
+    (tmp_path / "other").rename(tmp_path / "replaced")
+    (tmp_path / "gone").unlink()
+    for path, before in stamps.items():
+        if path.name != "same":
+            with pytest.raises(Mismatch, match=f"{path.name}: found that it was changed while it was read"):
+                disk.require_unchanged({path: before})
+    disk.require_unchanged({tmp_path / "same": stamps[tmp_path / "same"]})
+
+
+# Locks
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling link", "hard link", "pipe", "folder"])
+def test_a_lock_is_never_written_through_another_file(kind: str, tmp_path: Path) -> None:
+    """In a folder that others may write to, its name can be theirs."""
+    victim, lock = tmp_path / "victim", tmp_path / ".out.lock"
+    victim.write_text("precious")
+    if kind == "hard link":
+        os.link(victim, lock)
+    elif kind == "pipe":
+        os.mkfifo(lock)
+    elif kind == "folder":
+        lock.mkdir()
+    else:
+        lock.symlink_to(victim if kind == "link" else tmp_path / "new")
+    before = sorted(os.listdir(tmp_path))
+    with pytest.raises(DiskFailed, match=r"\.out\.lock: found a link, or no file"), disk.held(lock):
+        pass
+    assert victim.read_text() == "precious"
+    assert sorted(os.listdir(tmp_path)) == before
 
 
 # Where locks do nothing

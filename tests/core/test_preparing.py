@@ -507,7 +507,7 @@ def test_data_that_changes_after_it_was_hashed_is_no_request_at_all(
 
     with monkeypatch.context() as patch:
         patch.setattr(preparing, "_work", slow)
-        with pytest.raises(Mismatch, match=f"{changed}: found that it changed while it was read"):
+        with pytest.raises(Mismatch, match=f"{changed}: found that it was changed while it was read"):
             keyed(tmp_path, chat_tokenizer, CONTENT, **options)
     assert not (tmp_path / "out").exists()
     (tmp_path / "held.jsonl").write_bytes(CONTENT)

@@ -1,6 +1,9 @@
 """Safetensors headers read as the library reads them, and model folders refused for what they are."""
 
+import contextlib
 import json
+import os
+import socket
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -196,6 +199,28 @@ def test_shards_listed_by_an_index_are_one_model(tmp_path: Path) -> None:
     assert found.shards == ["model-1.safetensors", "model-2.safetensors"]
 
 
+@pytest.mark.parametrize("stale", [False, True], ids=["shards there", "shards gone"])
+def test_one_file_beside_an_index_is_what_transformers_reads(stale: bool, tmp_path: Path) -> None:
+    """transformers leaves the index of a formerly sharded model beside the file that it saves."""
+    from transformers import AutoModelForCausalLM
+
+    folder = make_llama(tmp_path / "m", max_shard_size="60KB")
+    whole = make_llama(tmp_path / "other", seed=5) / "model.safetensors"
+    (folder / "model.safetensors").write_bytes(whole.read_bytes())
+    if stale:
+        for shard in folder.glob("model-*.safetensors"):
+            shard.unlink()
+    found = open_weights(folder)
+    assert found.shards == ["model.safetensors"]
+    place = found.tensors["model.embed_tokens.weight"]
+    with (folder / place.shard).open("rb") as file:
+        file.seek(place.start)
+        read = np.frombuffer(file.read(place.end - place.start), np.float32)
+    theirs = AutoModelForCausalLM.from_pretrained(folder).model.embed_tokens.weight
+    np.testing.assert_array_equal(read, theirs.detach().numpy().ravel())
+    assert found.fingerprint == open_weights(tmp_path / "other").fingerprint
+
+
 @pytest.mark.parametrize(
     "weight_map",
     [
@@ -318,14 +343,26 @@ def test_a_folder_where_a_file_belongs_is_refused(tmp_path: Path) -> None:
         open_weights(folder)
 
 
+def test_a_pipe_is_never_waited_for(tmp_path: Path) -> None:
+    folder = sharded(tmp_path / "n", {"a": "model-3.safetensors"})
+    os.mkfifo(folder / "model-3.safetensors")
+    with pytest.raises(ArtifactDamaged, match=r"model-3\.safetensors: found no file, need a whole safetensors"):
+        open_weights(folder)
+    (folder / "model-3.safetensors").unlink()
+    with socket.socket(socket.AF_UNIX) as server, contextlib.chdir(folder):
+        server.bind("model-3.safetensors")
+        with pytest.raises(ArtifactDamaged, match=r"found no file, need a whole safetensors"):
+            open_weights(folder)
+
+
 @pytest.mark.parametrize("read", [read_header, lambda path: read_json_object(path, "")], ids=["header", "json"])
 def test_a_disk_that_doesnt_read_is_a_disk_failure(
     read: Callable[[Path], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(path: Path, mode: str) -> None:
+    def broken(path: Path, *_: int) -> None:
         raise OSError(5, "Input/output error", str(path))
 
-    monkeypatch.setattr(Path, "open", broken)
+    monkeypatch.setattr(os, "open", broken)
     with pytest.raises(DiskFailed, match="found 'Input/output error'"):
         read(tmp_path / "x")
 

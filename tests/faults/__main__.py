@@ -74,10 +74,11 @@ def main() -> int:
             for without in promise.without[:1] if asked.short else promise.without:
                 if not said_by(lambda without=without: proven(without), work / f"{name}.log", 3600)[1]:  # type: ignore[misc]
                     failures.append(f"nothing was noticed without {without}")
-                noticed.append(without)
+                else:
+                    noticed.append(without)
             bad += bool(failures) or not count
             seconds, cpu = time.monotonic() - started, cpu_seconds() - cpu_before
-            red = f"red without {', '.join(noticed)}"
+            red = f"red without {', '.join(noticed) or 'nothing'}"
             how = promise.how + (f"; {note}" if note else "")
             figures = (f"{count:,}", str(len(failures)), red, f"{seconds:.0f}", f"{cpu:.0f}")
             lines.append(f"| {' | '.join((name, promise.claim, how, *figures))} |")

@@ -21,7 +21,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -88,7 +88,7 @@ def _move_in_manifest_first(stage: Path, target: Path) -> None:
     os.rmdir(stage)
 
 
-def _remove_before_replacing(stage: Path, target: Path, trash: Path) -> None:
+def _remove_before_replacing(stage: Path, target: Path, trash: Path, own: Collection[str]) -> None:
     if target.exists():
         shutil.rmtree(target)
     os.rename(stage, target)
@@ -345,7 +345,7 @@ def make_inputs(work: Path) -> None:
         if code:
             raise RuntimeError(f"{command}: exit code {code}")
 
-    def kill_self(new: Path, target: Path) -> None:
+    def kill_self(new: Path, target: Path, own: Collection[str]) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     def first() -> int:

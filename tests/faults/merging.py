@@ -34,19 +34,19 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def expected(base: Mapping[str, torch.Tensor], adapter: Path) -> dict[str, torch.Tensor]:
-    """Base + scale · B·A in fp64; every tensor of the adapter used once. KeyError where one is left."""
-
+    """Base + scale · B·A in fp64, as peft's documentation has it; every tensor of the adapter used once. KeyError where
+    there is no such tensor to change."""
     config, parts = json.loads((adapter / "adapter_config.json").read_text()), load_file(adapter / adapters.WEIGHTS)
     found = {name: tensor.double() for name, tensor in base.items()}
     for name in [name for name in parts if name.endswith(".lora_A.weight")]:
         module = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
         a, b = parts.pop(name).double(), parts.pop(name.replace("lora_A", "lora_B")).double()
         fitting = [
-            [value for key, value in (config[which] or {}).items() if re.match(rf"(.*\.)?({key})$", module)]
+            [value for key, value in (config.get(which) or {}).items() if re.match(rf"(.*\.)?({key})$", module)]
             for which in ("rank_pattern", "alpha_pattern")
         ]
         rank, alpha = (*fitting[0], config["r"])[0], (*fitting[1], config["lora_alpha"])[0]
-        scale = alpha / (rank**0.5 if config["use_rslora"] else rank)
+        scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
         found[f"{module}.weight"] = found[f"{module}.weight"] + scale * (b @ a)
     for name in list(parts):
         found[name.removeprefix("base_model.model.")] = parts.pop(name).double()

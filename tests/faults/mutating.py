@@ -1,6 +1,6 @@
 """P4 and P5: files of strangers mutated a hundred thousand times, and every byte of an artifact flipped.
 
-A mutated file is refused with a LorakitError, or used rightly: what is merged is what a few lines of numpy make of the
+A mutated file is refused with a LorakitError, or used rightly: what is merged is what a few lines of torch make of the
 same files, read by `json` and the safetensors library; blocks and checkpoints are what the safetensors library reads;
 tokens are those of the tokenizers library. No file outside of the folders is opened meanwhile. Files of an artifact are
 mutated behind its manifest, whose hashes are set right, as someone would who knows the format.
@@ -9,7 +9,6 @@ mutated behind its manifest, whose hashes are set right, as someone would who kn
 import copy
 import itertools
 import json
-import math
 import os
 import random
 import re
@@ -29,7 +28,9 @@ from typing import Any
 import numpy as np
 import pydantic
 import safetensors.numpy
+import safetensors.torch
 import tokenizers
+import torch
 import yaml
 
 from lorakit.core import adapters, artifacts, disk, tokenization, weights
@@ -47,6 +48,7 @@ from lorakit.core.training import Trained, checkpoints
 from lorakit.options import read_settings
 from tests.bench import merge as bench
 from tests.conftest import CHATML, make_tokenizer
+from tests.faults.merging import expected
 from tests.faults.server import command, forked, said_by, said_by_each
 from tests.faults.tally import Tally
 
@@ -172,37 +174,21 @@ def sealed(folder: Path) -> None:
 
 
 def reference(base: Path, adapter: Path) -> Mapping[str, Any]:
-    """Base + adapter in fp64, a tensor each, as peft's documentation has it. KeyError: by a file of another kind."""
-    config = json.loads((adapter / "adapter_config.json").read_bytes())
-    index, shards = base / "model.safetensors.index.json", {"model.safetensors"}
-    if index.exists():
-        shards = set(json.loads(index.read_bytes())["weight_map"].values())
-    tensors: dict[str, Any] = {}
+    """The tensors of base + adapter in fp64. KeyError: by a file of another kind."""
+    shards = {"model.safetensors"}
+    if not (base / "model.safetensors").exists():
+        shards = set(json.loads((base / "model.safetensors.index.json").read_bytes())["weight_map"].values())
+    tensors: dict[str, torch.Tensor] = {}
     for shard in sorted(shards):
-        tensors |= safetensors.numpy.load_file(base / shard)
-    parts = safetensors.numpy.load_file(adapter / "adapter_model.safetensors")
-    for name in [name for name in parts if name.endswith(".lora_A.weight")]:
-        a, b = parts.pop(name), parts.pop(name.replace(".lora_A.", ".lora_B."))
-        module = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-
-        def chosen(patterns: Mapping[str, Any] | None, default: Any, module: str = module) -> Any:
-            fitting = (value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", module))
-            return next(fitting, default)
-
-        rank, alpha = chosen(config.get("rank_pattern"), config["r"]), config["lora_alpha"]
-        alpha = chosen(config.get("alpha_pattern"), alpha)
-        scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-        tensors[f"{module}.weight"] = tensors[f"{module}.weight"] + scale * (b.astype(float) @ a.astype(float))
-    if parts:
-        raise KeyError(f"tensors that the reference doesn't know: {sorted(parts)[:3]}")
-    return tensors
+        tensors |= safetensors.torch.load_file(base / shard)
+    return {name: tensor.numpy() for name, tensor in expected(tensors, adapter).items()}
 
 
-def differing(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str | None:
+def differing(found: Mapping[str, Any], exact: Mapping[str, Any]) -> str | None:
     """The first tensor that isn't as it should be."""
-    if found.keys() != expected.keys():
-        return f"other names: {sorted(found.keys() ^ expected.keys())[:3]}"
-    for name, tensor in expected.items():
+    if found.keys() != exact.keys():
+        return f"other names: {sorted(found.keys() ^ exact.keys())[:3]}"
+    for name, tensor in exact.items():
         if found[name].shape != tensor.shape:
             return f"{name}: {found[name].shape}, need {tensor.shape}"
         if not np.allclose(found[name], tensor, rtol=1e-5, atol=1e-6 * max(1.0, float(np.abs(tensor).max(initial=0)))):
@@ -435,8 +421,8 @@ def opened_files() -> Iterator[list[str]]:
 def opened_outside(box: Path, opened: Sequence[str]) -> list[str]:
     """What was opened outside of a folder, lorakit and Python themselves left out."""
     notes = os.environ.get("LORAKIT_TESTS_SEEN")  # where the tests' own guard writes down each error
-    allowed = (str(box), *_OWN, *([os.path.realpath(notes)] if notes else []))
-    return [path for path in opened if not os.path.realpath(path).startswith(allowed)]
+    allowed = (f"{box}/", *_OWN, *([os.path.realpath(notes)] if notes else []))
+    return [path for path in opened if not f"{os.path.realpath(path)}/".startswith(allowed)]
 
 
 def in_process(inputs: Path, first_seed: int, count: int, without: str | None) -> Any:

@@ -23,7 +23,6 @@ from tests.faults.server import command, said_by
 from tests.faults.tally import Tally
 
 _RANDOM_STATES = 4  # of each prefix, beside those that are listed
-_LOSES: Mapping[str, str] = {"files": "fsync of files", "folders": "fsync of folders"}
 
 
 @dataclass(eq=False)

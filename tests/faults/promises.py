@@ -42,7 +42,7 @@ PROMISES: Mapping[str, Promise] = {
     "P4": Promise(
         "files of strangers are refused in one sentence or used rightly",
         "mutated configs, indexes, headers, rows, plans, recipes, tokenizers, templates, and manifests, blocks, states "
-        "behind hashes that are right; merges compared with numpy's, tokens with tokenizers'; every open() watched",
+        "behind hashes that are right; merges compared with torch's, tokens with tokenizers'; every open() watched",
         mutating.prove,
         ("checks of adapter_config", "checks of shard names", "checks of facts", "checks of tokenizers"),
     ),

@@ -42,3 +42,11 @@ def test_a_promise_holds_and_its_control_fails(name: str, short: "subprocess.Com
 def test_every_promise_in_full() -> None:
     full = table()
     assert full.returncode == 0, full.stdout + full.stderr
+
+
+def test_what_lies_beside_the_box_is_outside_of_it(tmp_path: Path) -> None:
+    from tests.faults.mutating import opened_outside
+
+    box = tmp_path / "box"
+    opened = [str(path) for path in (box, box / "base" / "config.json", tmp_path / "box-x" / "secret", tmp_path)]
+    assert opened_outside(box, opened) == opened[2:]

@@ -39,7 +39,6 @@ from lorakit.core.model import load_config, pick_device, pick_dtype
 from lorakit.core.untrusted import MAX_SETTINGS_BYTES, parse_json, read_small
 
 CHOICES = "attention.json"
-BACKUP = "config.json.before-patch-attention"
 _KEY = "attn_implementation"
 _QUICK_TOKENS = 256
 _UNASKED = tuple(name for name in IMPLEMENTATIONS if name != "flex_attention")  # which is compiled for minutes
@@ -291,7 +290,7 @@ def apply_to(folder: Path, implementation: str) -> Patched:
     Raises InputRefused where the folder is no model or only lorakit knows the implementation, Busy, DiskFailed.
     """
     _require_stock(implementation)
-    path, backup = folder / "config.json", folder / BACKUP
+    path, backup = folder / "config.json", folder / artifacts.BACKUP
     with artifacts.lock(folder):
         before = _read_config(path)
         content = json.loads(before)
@@ -308,19 +307,19 @@ def revert(folder: Path) -> Patched:
 
     Raises InputRefused where there is none, or config.json was changed in something else since; Busy, DiskFailed.
     """
-    path, backup = folder / "config.json", folder / BACKUP
+    path, backup = folder / "config.json", folder / artifacts.BACKUP
     with artifacts.lock(folder):
         content = json.loads(_read_config(path))
         if not backup.is_file():
             raise InputRefused(
-                f"{folder}: found no {BACKUP}, need what --apply-to keeps",
+                f"{folder}: found no {artifacts.BACKUP}, need what --apply-to keeps",
                 "nothing was applied here, or it was reverted",
             )
         before = _read_config(backup)
         if not _is_of(backup, content):
             raise InputRefused(
-                f"{path}: found other settings than in {BACKUP}, need those: it was changed since --apply-to",
-                f"remove {_KEY!r} from config.json by hand, and {BACKUP}",
+                f"{path}: found other settings than in {artifacts.BACKUP}, need those: it was changed since --apply-to",
+                f"remove {_KEY!r} from config.json by hand, and {artifacts.BACKUP}",
             )
         _put(path, before)
         backup.unlink()

@@ -45,14 +45,18 @@ def _nearest(folder: Path) -> Path:
 
 @contextlib.contextmanager
 def _own_folder(inside: Path) -> Iterator[Path]:
-    """A new folder that goes away again; what had to be made above it too. Raises OSError."""
-    top = next((parent for parent in reversed((inside, *inside.parents)) if not parent.exists()), None)
+    """A new folder that goes away again; what had to be made above it too, unless others put something there meanwhile.
+    Raises OSError."""
+    made = [parent for parent in (inside, *inside.parents) if not parent.exists()]
     folder = inside / f".lorakit-doctor-{uuid.uuid4().hex}"
-    folder.mkdir(parents=True)
     try:
+        folder.mkdir(parents=True)
         yield folder
     finally:
-        shutil.rmtree(folder if top is None else top, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        for parent in made:
+            with contextlib.suppress(OSError):  # one that isn't empty stays
+                parent.rmdir()
 
 
 def disk(need: Need) -> Finding:
@@ -65,12 +69,9 @@ def disk(need: Need) -> Finding:
         said = f"{name} ({folder}): {gib(usage.free)} of {gib(usage.total)} free"
         if usage.free < max(wanted, _TRIAL_BYTES):
             lacks = f"found {said}; need {gib(wanted) if wanted else 'room'}"
-            found.append(
-                fail(lacks, "what is written is lost where the disk is full", f"free some space, or {_MOVED_BY[name]}")
-            )
+            found.append(fail(lacks, "what is written is lost where the disk is full", fix))
             continue
         if usage.free < _LITTLE_BYTES:
-            fix = f"free some space, or {_MOVED_BY[name]}"
             found.append(warn(f"found {said}", "a model or a run's checkpoints take more", fix))
             continue
         try:

@@ -6,6 +6,7 @@ plan.py says what each tensor of the merged model will be, apply.py makes the by
 the disk; none of them needs torch, and none holds more than a few chunks of a tensor, however large the model is.
 """
 
+import hashlib
 import itertools
 import json
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,7 @@ from lorakit.core.merging.apply import shards
 from lorakit.core.merging.card import model_card, tokenizer_files
 from lorakit.core.merging.plan import Plan, Rounding, Weighted, make_plan
 from lorakit.core.merging.verifying import verify_rows
+from lorakit.core.untrusted import MAX_SETTINGS_BYTES, read_small
 from lorakit.core.weights import INDEX, Weights, open_weights
 
 _MANIFEST_BYTES = 2**18
@@ -48,12 +50,11 @@ class Merged:
 def merge(config: MergeConfig, target: Path, report: Report) -> Merged:
     """Write the merged model of an adapter (or several, weighted) and its base to `target`, once it is verified.
 
-    Raises InputRefused, Mismatch (an adapter for another base; other work at the output), ArtifactDamaged (also where
-    what was written isn't what it should be), NonFinite, UsageError (output inside an input), Busy, DiskFailed,
-    HubFailed.
+    Raises InputRefused, Mismatch (an adapter for another base; other work at the output; an input that was changed
+    meanwhile), ArtifactDamaged (also where what was written isn't what it should be), NonFinite, UsageError (output
+    inside an input, an adapter twice), Busy, DiskFailed, HubFailed.
     """
-    opened = [(open_adapter(model_folder(name), report), weight) for name, weight in config.adapter.weighted]
-    base = open_weights(base_folder(opened[0][0], config.adapter.base))
+    opened, base, stamps = _opened(config, report)
     for place in (base.folder, *(adapter.folder for adapter, _ in opened)):
         if target.resolve().is_relative_to(place.resolve()):
             raise UsageError(
@@ -61,20 +62,25 @@ def merge(config: MergeConfig, target: Path, report: Report) -> Merged:
             )
     weighted = [Weighted(adapter, weight, match(adapter, base)) for adapter, weight in opened]
     plan = make_plan(base, weighted, NAMES.get(config.merging.dtype), _rounding(config, weighted, report))
-    parents = _parents(base, weighted)
+    copied = _copied(plan)
+    settings = _settings(weighted, copied)
+    parents = {**_parents(base, weighted), **settings}
     with artifacts.lock(target):
-        done = artifacts.claim(target, "merged model", config, parents, overwrite=config.output.overwrite)
+        overwrite = config.output.overwrite
+        done = artifacts.claim(target, "merged model", config, parents, overwrite=overwrite, may_lack=settings)
         facts: dict[str, Any] = vars(done.facts_as(Merged, path=target, already_done=True)) if done else {}
         full = config.merging.verify == "full"
         if done is None:
-            files = _small_files(plan, report)
+            files = _small_files(plan, copied, report)
             disk.require_free_bytes(target, plan.size_bytes + sum(map(len, files.values())) + _MANIFEST_BYTES)
             facts |= {"tensors": len(plan.targets), "merged_tensors": len(plan.changed)}
 
             def check(stage: Path) -> None:
+                disk.require_unchanged(stamps)  # or what comes next finds a wrong model, and not why
                 facts["max_difference"] = verify_rows(plan, stage)
                 if full:
                     facts.update(_compared(plan, stage, config, report))
+                disk.require_unchanged(stamps)
 
             content = itertools.chain(shards(plan, report), files.items())
             artifacts.commit(target, "merged model", content, config=config, parents=parents, facts=facts, check=check)
@@ -85,6 +91,33 @@ def merge(config: MergeConfig, target: Path, report: Report) -> Merged:
     return Merged(**{**facts, "path": target, "already_done": done is not None})
 
 
+def _opened(
+    config: MergeConfig, report: Report
+) -> tuple[list[tuple[Adapter, float]], Weights, dict[Path, disk.Stamp | None]]:
+    """Each adapter and its weight, their base, and the stamps that their files had before the first byte was read."""
+    folders = [model_folder(name, need="an adapter") for name, _ in config.adapter.weighted]
+    if twice := next((folder for folder in folders if _is_twice(folder, folders)), None):
+        raise UsageError(
+            f"found the adapter {twice} twice, need each once", f"give it once, with a weight: {twice}:2 counts double"
+        )
+    stamps = _stamps(*folders)
+    weights = [weight for _, weight in config.adapter.weighted]
+    opened = [(open_adapter(folder, report), weight) for folder, weight in zip(folders, weights, strict=True)]
+    below = base_folder(opened[0][0], config.adapter.base)
+    stamps |= _stamps(below)
+    return opened, open_weights(below), stamps
+
+
+def _is_twice(folder: Path, folders: Sequence[Path]) -> bool:
+    """Whether several of these are the same folder, by whatever name."""
+    return [each.resolve() for each in folders].count(folder.resolve()) > 1
+
+
+def _stamps(*folders: Path) -> dict[Path, disk.Stamp | None]:
+    """Those of all weights in some folders: settings are read only once."""
+    return {path: disk.stamp(path) for folder in folders for path in sorted(folder.glob("*.safetensors"))}
+
+
 def _parents(base: Weights, weighted: Sequence[Weighted]) -> dict[str, str]:
     """The fingerprint of every input; an adapter's weight stands beside its own."""
     parents = {"base": base.fingerprint}
@@ -93,6 +126,18 @@ def _parents(base: Weights, weighted: Sequence[Weighted]) -> dict[str, str]:
         weight = "" if each.weight == 1 else f" × {each.weight:g}"
         parents[name] = disk.sha256(each.adapter.folder / adapters.WEIGHTS) + weight
     return parents
+
+
+def _settings(weighted: Sequence[Weighted], copied: Mapping[str, bytes]) -> dict[str, str]:
+    """The fingerprint of what else decides the result: each adapter's settings, whatever its base is called, and the
+    files that are copied."""
+    settings = {}
+    for number, each in enumerate(weighted, 1):
+        name = "adapter" if len(weighted) == 1 else f"adapter {number}"
+        config = {key: value for key, value in each.adapter.config.items() if key != "base_model_name_or_path"}
+        settings[f"{name}'s settings"] = artifacts.fingerprint(config)
+    hashes = {name: hashlib.sha256(content).hexdigest() for name, content in copied.items()}
+    return {**settings, "tokenizer and generation settings": artifacts.fingerprint(hashes)}
 
 
 def _in_training(adapter: Adapter) -> Rounding | None:
@@ -136,19 +181,24 @@ def _rounding(config: MergeConfig, weighted: Sequence[Weighted], report: Report)
     return trained.pop()
 
 
-def _small_files(plan: Plan, report: Report) -> dict[str, bytes]:
+def _copied(plan: Plan) -> dict[str, bytes]:
+    """The files that a merged model has from its base and adapters as they are: how it generates, and a tokenizer."""
+    generation = plan.base.folder / "generation_config.json"
+    tokenizer = tokenizer_files([*(each.adapter.folder for each in plan.adapters), plan.base.folder])
+    if not generation.exists():
+        return tokenizer
+    return {generation.name: read_small(generation, MAX_SETTINGS_BYTES, "restore the file, or remove it"), **tokenizer}
+
+
+def _small_files(plan: Plan, copied: Mapping[str, bytes], report: Report) -> dict[str, bytes]:
     """The merged model's files beside its weights, as transformers writes them."""
     files = {"config.json": (json.dumps(dict(plan.config), indent=2) + "\n").encode()}
     index = plan.index()
     if index is not None:
         files[INDEX] = index
-    generation = plan.base.folder / "generation_config.json"
-    if generation.is_file():
-        files[generation.name] = generation.read_bytes()
-    tokenizer = tokenizer_files([*(each.adapter.folder for each in plan.adapters), plan.base.folder])
-    if not tokenizer:
+    if not copied.keys() - {"generation_config.json"}:
         report(Notice("no tokenizer beside the base or the adapter: the merged model has none"))
-    return {**files, **tokenizer, "README.md": model_card(plan).encode()}
+    return {**files, **copied, "README.md": model_card(plan).encode()}
 
 
 def _compared(plan: Plan, folder: Path, config: MergeConfig, report: Report) -> dict[str, Any]:

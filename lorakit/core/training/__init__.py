@@ -108,7 +108,7 @@ def train(
                     artifacts.reopen(place.folder, UNFINISHED)
             facts = run.go(should_stop)
         if place and place.folder != target:
-            artifacts.replace(place.folder, target)
+            artifacts.replace(place.folder, target, UNFINISHED)
         url, repository = None, config.hub.push_to_hub
         if world.is_first and repository is not None:
             url = push_folder(target, repository, private=config.hub.private, report=report)
@@ -187,6 +187,7 @@ def _claim(
     except Mismatch:
         if not overwrite:
             raise
+    artifacts.refuse_foreign(target, UNFINISHED)
     if os.path.ismount(target.resolve()):
         raise Mismatch(
             f"{target}: found another run on a mount point, which can't be renamed; need a new or empty folder",
@@ -210,7 +211,7 @@ def _inputs(config: TrainConfig, world: World, report: Report) -> tuple[Weights,
                 weights = open_weights(model_folder(config.model.model))
                 found["base"] = weights.fingerprint
                 if config.lora_kind.adapter is not None:
-                    adapter = open_adapter(model_folder(config.lora_kind.adapter), report)
+                    adapter = open_adapter(model_folder(config.lora_kind.adapter, need="an adapter"), report)
                     found["adapter"] = disk.sha256(adapter.folder / WEIGHTS)
     return weights, adapter, found
 

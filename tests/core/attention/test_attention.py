@@ -11,7 +11,6 @@ import transformers
 
 from lorakit.core import artifacts, attention
 from lorakit.core.attention import (
-    BACKUP,
     CHOICES,
     apply,
     apply_to,
@@ -274,7 +273,7 @@ def test_what_is_applied_is_what_transformers_loads_and_comes_off_byte_for_byte(
     done = revert(folder)
     assert path.read_bytes() == before
     assert done.implementation is None
-    assert not (folder / BACKUP).exists()
+    assert not (folder / artifacts.BACKUP).exists()
     with pytest.raises(InputRefused, match=r"found no config\.json\.before-patch-attention"):
         revert(folder)
 
@@ -282,7 +281,7 @@ def test_what_is_applied_is_what_transformers_loads_and_comes_off_byte_for_byte(
 def test_what_only_lorakit_knows_is_written_into_no_model(folder: Path) -> None:
     with pytest.raises(InputRefused, match="found varlen, which transformers knows through lorakit only"):
         apply_to(folder, "varlen")
-    assert not (folder / BACKUP).exists()
+    assert not (folder / artifacts.BACKUP).exists()
 
 
 @pytest.mark.parametrize(
@@ -319,7 +318,7 @@ def test_killed_before_the_config_is_written_the_same_command_finishes_and_can_b
         patched.setattr(attention, "_put", killed)
         with pytest.raises(Killed):
             apply_to(folder, "eager")
-    assert (folder / BACKUP).read_bytes() == (folder / "config.json").read_bytes() == before
+    assert (folder / artifacts.BACKUP).read_bytes() == (folder / "config.json").read_bytes() == before
     assert apply_to(folder, "eager").changed
     revert(folder)
     assert (folder / "config.json").read_bytes() == before

@@ -57,6 +57,13 @@ TIED: Mapping[str, dict[str, Any]] = {
     "saved embedding": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
     "saved head": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
     "saved both": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+    "embedding, saved head": {"target_modules": ["q_proj", "embed_tokens"], "modules_to_save": ["lm_head"]},
+    "head, saved embedding": {"target_modules": ["q_proj", "lm_head"], "modules_to_save": ["embed_tokens"]},
+    "longer vocabulary, saved head": {
+        "target_modules": ["q_proj", "embed_tokens"],
+        "modules_to_save": ["lm_head"],
+        "resized": 331,
+    },
     "saved and tied": {
         "target_modules": ["q_proj"],
         "modules_to_save": ["embed_tokens"],

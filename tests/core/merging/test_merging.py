@@ -11,6 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from lorakit.core import artifacts, merging
 from lorakit.core.merging import apply
 from tests.conftest import Ran, make_llama
 from tests.core.merging.adapted import logits, make_adapter
@@ -130,6 +131,110 @@ def test_the_same_merge_again_is_already_done(cli: Cli, tiny_llama: Path, tmp_pa
     assert cli("merge", other, "--output", tmp_path / "merged", "--overwrite").code == 0
 
 
+def test_what_patch_attention_left_is_replaced_with_the_model(cli: Cli, tiny_llama: Path, tmp_path: Path) -> None:
+    one, two = (make_adapter(tmp_path / str(seed), tiny_llama, seed=seed) for seed in (1, 2))
+    merged = tmp_path / "merged"
+    assert cli("merge", one, "--output", merged).code == 0
+    before = set(merged.iterdir())
+    assert cli("patch-attention", "--apply-to", merged, "--implementation", "sdpa").code == 0
+    assert len(set(merged.iterdir()) - before) == 1
+    assert cli("merge", two, "--output", merged, "--overwrite").code == 0
+    assert set(merged.iterdir()) == before
+
+
+@pytest.mark.parametrize("changed", ["lora_alpha", "tokenizer_config.json", "generation_config.json"])
+def test_other_settings_of_the_inputs_are_other_work(changed: str, cli: Cli, tmp_path: Path) -> None:
+    base = make_llama(tmp_path / "base")
+    adapter = make_adapter(tmp_path / "adapter", base)
+    assert cli("merge", adapter, "--output", tmp_path / "merged").code == 0
+    path = adapter / "adapter_config.json" if changed == "lora_alpha" else base / changed
+    path.write_text(json.dumps({**json.loads(path.read_text()), changed.removesuffix(".json"): 31}))
+    ran = cli("merge", adapter, "--output", tmp_path / "merged")
+    assert ran.code == 5
+    assert ("adapter's settings: found" in ran.err) is (changed == "lora_alpha")
+    assert ("tokenizer and generation settings: found" in ran.err) is (changed != "lora_alpha")
+
+
+def test_a_base_of_another_name_and_a_merge_of_an_older_lorakit_are_the_same_work(
+    cli: Cli, tiny_llama: Path, tmp_path: Path
+) -> None:
+    adapter, merged = make_adapter(tmp_path / "adapter", tiny_llama), tmp_path / "merged"
+    assert cli("merge", adapter, "--output", merged).code == 0
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": "elsewhere"}))
+    again = ("merge", adapter, "--base", tiny_llama, "--output", merged, "--json")
+    assert cli(*again).json["already_done"] is True
+    manifest = json.loads((merged / "lorakit.json").read_text())
+    manifest["parents"] = {name: manifest["parents"][name] for name in ("base", "adapter")}
+    (merged / "lorakit.json").write_bytes(artifacts._manifest_bytes(manifest))
+    assert cli(*again).json["already_done"] is True
+
+
+@pytest.mark.parametrize("which", ["base", "adapter"])
+@pytest.mark.parametrize("moment", ["_parents", "make_plan"])
+def test_an_input_that_changes_meanwhile_gives_nothing(
+    moment: str, which: str, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its fingerprint would be that of other weights than the merged model has."""
+    base = make_llama(tmp_path / "base")
+    adapter = make_adapter(tmp_path / "adapter", base)
+    path = base / "model.safetensors" if which == "base" else adapter / "adapter_model.safetensors"
+    right = getattr(merging, moment)
+
+    def then_changed(*given: Any) -> Any:
+        found = right(*given)
+        tensors = {name: tensor * 0 + 7 for name, tensor in safetensors.torch.load_file(path).items()}
+        path.write_bytes(safetensors.torch.save(tensors, metadata={"format": "pt"}))
+        return found
+
+    before = sorted(tmp_path.rglob("*"))
+    with monkeypatch.context() as patched:
+        patched.setattr(merging, moment, then_changed)
+        ran = cli("merge", adapter, "--output", tmp_path / "merged")
+    assert ran.code == 5, ran.err
+    assert f"{path}: found that it was changed while it was read" in ran.err
+    assert sorted(tmp_path.rglob("*")) == before
+    assert cli("merge", adapter, "--output", tmp_path / "merged").code == 0
+
+
+def test_the_same_adapter_twice_is_refused(cli: Cli, tiny_llama: Path, tmp_path: Path) -> None:
+    adapter = make_adapter(tmp_path / "adapter", tiny_llama)
+    (tmp_path / "link").symlink_to(adapter)
+    for again in (adapter, f"{adapter}:0.5", tmp_path / "link"):
+        ran = cli("merge", adapter, again, "--output", tmp_path / "merged")
+        assert ran.code == 2
+        assert f"found the adapter {adapter} twice, need each once" in ran.err
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "words"),
+    [
+        ("rows.jsonl", 3, "found a file, need an adapter folder or a hub id"),
+        ("./nope", 3, "found no such folder, need an adapter folder or a hub id"),
+        ("nope", 12, "or give a folder that holds an adapter"),
+        ("runs/a:x", 2, "found 'runs/a:x', need folders or hub ids, each once, a weight behind the last colon"),
+    ],
+)
+def test_what_is_no_adapter_is_told_so(
+    name: str, code: int, words: str, cli: Cli, rows_file: Path, tmp_path: Path
+) -> None:
+    ran = cli("merge", name, "--output", tmp_path / "merged")
+    assert ran.code == code
+    assert words in " ".join(ran.err.split())
+
+
+def test_a_run_that_is_being_trained_is_told_from_one_that_stopped(cli: Cli, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "metrics.jsonl").touch()
+    with artifacts.lock(run):
+        ran = cli("merge", run, "--output", tmp_path / "merged")
+    assert ran.code == 3
+    assert "found a run that is being trained, need a finished one" in ran.err
+    ran = cli("merge", run, "--output", tmp_path / "merged")
+    assert "found an unfinished run" in ran.err
+
+
 def test_a_merge_that_gives_other_numbers_is_never_put_in_place(
     cli: Cli, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,6 +278,8 @@ def test_nan_in_an_adapter_is_named_and_nothing_is_written(cli: Cli, tiny_llama:
         ({"rank_pattern": {"q_proj": 8}}, 5, "q_proj: A and B are [4, 64] and [64, 4], need [8, 64] and [64, 8]"),
         ({"rank_pattern": {"q_proj": 0}}, 3, "r = 0"),
         ({"rank_pattern": {"(": 2}}, 3, "need a regular expression"),
+        ({"alpha_pattern": {"(?i)Q_PROJ": 8}}, 3, "need a regular expression"),
+        ({"alpha_pattern": {"q_proj)(.*": 8}}, 3, "need a regular expression"),
         ({"alpha_pattern": {"q_proj": -1}}, 3, "lora_alpha = -1"),
         ({"r": 8}, 5, "need [8, 64]"),
     ],

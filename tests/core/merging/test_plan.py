@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -59,6 +60,19 @@ def test_a_missing_shard(cli: Cli, base: Path, tmp_path: Path) -> None:
     lost = sorted(base.glob("model-*.safetensors"))[1]
     lost.unlink()
     refused(cli, tmp_path, 4, f"{lost}: found no such file", adapter)
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("kind", ["a pipe", "without end"])
+def test_a_file_beside_the_weights_that_is_none(kind: str, name: str, cli: Cli, base: Path, tmp_path: Path) -> None:
+    adapter = make_adapter(tmp_path / "adapter", base)
+    (base / name).unlink()
+    if kind == "a pipe":
+        os.mkfifo(base / name)
+    else:
+        with (base / name).open("wb") as file:
+            file.truncate(20 * 2**30)
+    refused(cli, tmp_path, 3, f"{base / name}: found {'no file' if kind == 'a pipe' else 'over'}", adapter)
 
 
 def test_an_index_that_points_outside(cli: Cli, base: Path, tmp_path: Path) -> None:
@@ -283,6 +297,28 @@ def test_the_adapters_own_tokenizer_goes_before_the_bases(cli: Cli, base: Path, 
     assert cli("merge", adapter, "--output", tmp_path / "merged").code == 0
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (tmp_path / "merged" / name).read_bytes() == (adapter / name).read_bytes()
+
+
+def test_settings_of_a_tokenizer_alone_are_no_tokenizer(cli: Cli, base: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    adapter = make_adapter(tmp_path / "adapter", base)
+    (adapter / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    assert cli("merge", adapter, "--output", tmp_path / "merged").code == 0
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (tmp_path / "merged" / name).read_bytes() == (base / name).read_bytes()
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged")("Hi").input_ids
+
+
+@pytest.mark.parametrize("name", ["/home/someone/secret/base", "../secret/base", "C:\\secret\\base", "b" * 300])
+def test_the_card_names_no_place_of_this_machine(name: str, cli: Cli, base: Path, tmp_path: Path) -> None:
+    """The card is what --push-to-hub uploads; the folder needn't be on the machine that merges."""
+    adapter = configured(make_adapter(tmp_path / "adapter", base), base_model_name_or_path=name)
+    ran = cli("merge", adapter, "--base", base, "--output", tmp_path / "merged")
+    assert ran.code == 0, ran.err
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert "base_model" not in card
+    assert "someone" not in card
 
 
 def test_the_card_says_what_it_was_made_of(cli: Cli, base: Path, tmp_path: Path) -> None:

@@ -61,6 +61,21 @@ def test_overwrite_keeps_the_old_run_until_the_new_one_is_whole(
     assert [path.name for path in tmp_path.glob("run*")] == ["run"]
 
 
+def test_files_that_arent_the_runs_are_refused_before_the_training_that_would_take_them_away(
+    train: Train, tmp_path: Path
+) -> None:
+    train("run", "--max-steps", 2)
+    (tmp_path / "run" / "notes.md").write_text("what I saw")
+    ran = train("run", "--max-steps", 3, "--overwrite")
+    assert ran.code == 5
+    assert "found notes.md that lorakit.json doesn't name" in ran.err
+    assert (tmp_path / "run" / "notes.md").read_text() == "what I saw"
+    assert len(losses(tmp_path / "run")) == 2
+    assert [path.name for path in tmp_path.glob("*run*")] == ["run"]
+    (tmp_path / "run" / "notes.md").unlink()
+    assert train("run", "--max-steps", 3, "--overwrite").code == 0
+
+
 def test_a_mount_point_is_refused_before_the_training_that_would_replace_its_run(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
