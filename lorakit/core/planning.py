@@ -157,7 +157,8 @@ def _require_engine(config: PlanDevicesConfig, plan: Plan) -> bool:
 
 
 def next_command(config: PlanDevicesConfig, plan: Plan) -> str:
-    """The command that trains as it was planned."""
+    """The command that trains as it was planned. Layers lie in CPU memory by a plan's file alone: where there is none,
+    that it has to be written first."""
     given, usual = config.flat(), PlanDevicesConfig.resolve((None, {"model": config.model.model})).flat()
     names = (
         *("dtype", "quantize", "engine", "attention", "rank", "lora_alpha", "lora_dropout", "target_modules"),
@@ -176,8 +177,11 @@ def next_command(config: PlanDevicesConfig, plan: Plan) -> str:
         options += ["--parallel", plan.parallel]
         options += ["--num-processes", str(len(computing))] if plan.parallel != "split" else []
     ids = built_in().get(config.model.model.lower(), {}).get("ids") or [config.model.model]
-    where = ["--blocks", "DIR", *(["--plan", str(config.plan.output)] if config.plan.output is not None else [])]
-    return shlex.join(["lorakit", "train", "--model", ids[0], *options, *where])
+    file = str(config.plan.output) if config.plan.output is not None else "plan.json" if plan.computed_on else None
+    where = ["--blocks", "DIR", *(["--plan", file] if file is not None else [])]
+    command = shlex.join(["lorakit", "train", "--model", ids[0], *options, *where])
+    unwritten = config.plan.output is None and file is not None
+    return f"add --output {file}, which train needs to offload layers, then `{command}`" if unwritten else command
 
 
 def find_shape(name: str, config: Mapping[str, Any], report: Report) -> Shape:

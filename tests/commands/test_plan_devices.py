@@ -349,3 +349,15 @@ def test_attention_that_keeps_scores_is_counted_with_either_engine(cli: Cli) -> 
     more = [taken["eager", engine] - taken["varlen", engine] for engine in ("fast", "standard")]
     assert more[0] == pytest.approx(more[1], rel=0.1)
     assert more[0] > 2**30
+
+
+def test_offloading_hints_at_the_file_without_which_train_does_not_offload(cli: Cli) -> None:
+    """Only --plan makes train offload: the next command has it, written already or not."""
+    hint = cli("plan-devices", *OFFLOAD).err
+    assert "add --output plan.json" in hint
+    assert "--blocks DIR --plan plan.json" in hint
+    written = cli("plan-devices", *OFFLOAD, "--output", "mine.json").err.splitlines()[-1]
+    assert written.startswith("hint: lorakit train ")
+    assert written.endswith(f"--plan {Path('mine.json').absolute()}")
+    without = cli("plan-devices", "llama-7b", "--gpus", "24GiB", "--cpu", "64GiB").err
+    assert "plan.json" not in without, "nothing is offloaded where all of it fits"
