@@ -53,6 +53,16 @@ MADE_BY = {
 }
 """Every kind of artifact and the command that makes it."""
 
+OtherWorkHint = Callable[[Mapping[str, object]], str]
+"""What to do where work differs: of the settings and inputs that do, by name, what they are in what is there."""
+
+
+def _other_work(found: Mapping[str, object]) -> str:
+    return "choose another --output, or add --overwrite"
+
+
+_SHOWN_DIGITS = 8
+"""Of a fingerprint."""
 _MAX_MANIFEST_BYTES = 4 * MAX_SETTINGS_BYTES  # a hundred thousand files
 _Made = TypeVar("_Made")
 _FILE_NAME = re.compile(r"(?!\.{1,2}$)[^/\x00]+")
@@ -260,7 +270,7 @@ def claim(
     overwrite: bool,
     unfinished: Collection[str] = (),
     may_differ: Collection[str] = (),
-    hint: str = "choose another --output, or add --overwrite",
+    hint: OtherWorkHint = _other_work,
 ) -> Artifact | None:
     """The artifact that this very work has made at `target` already, or None where the target may be written.
 
@@ -293,15 +303,24 @@ def claim(
 
 
 def refuse_other_work(
-    artifact: Artifact, config: "StepConfig", parents: Mapping[str, str], hint: str, may_differ: Collection[str] = ()
+    artifact: Artifact,
+    config: "StepConfig",
+    parents: Mapping[str, str],
+    hint: OtherWorkHint,
+    may_differ: Collection[str] = (),
 ) -> None:
     """Raises Mismatch with the differences where `artifact` comes from other settings or inputs than these."""
     wanted = {name: value for name, value in config.identity().items() if name not in may_differ}
-    changed = differences({name: _made_with(artifact, config, name, value) for name, value in wanted.items()}, wanted)
-    changed += differences(artifact.parents, parents)
-    if changed:
-        listed = "\n  ".join(changed)
-        raise Mismatch(f"{artifact.path}: found {artifact.kind} of other work, need the same:\n  {listed}", hint)
+    made_with = {name: _made_with(artifact, config, name, value) for name, value in wanted.items()}
+    changed = {name: made_with[name] for name in wanted if made_with[name] != wanted[name]}
+    before, now = artifact.parents, dict(parents)
+    others = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    lines = differences(changed, {name: wanted[name] for name in changed})
+    lines += differences(*({name: a[name][:_SHOWN_DIGITS] for name in others if name in a} for a in (before, now)))
+    if lines:
+        listed = "\n  ".join(lines)
+        message = f"{artifact.path}: found {artifact.kind} of other work, need the same:\n  {listed}"
+        raise Mismatch(message, hint({**changed, **{name: before.get(name) for name in others}}))
 
 
 def _made_with(artifact: Artifact, config: "StepConfig", name: str, wanted: object) -> object:

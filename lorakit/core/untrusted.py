@@ -14,7 +14,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
@@ -147,9 +147,8 @@ class _Yaml(yaml.SafeLoader):
 class _PlainYaml(_Yaml):
     """Each of these is the same in YAML 1.1, so that what PyYAML writes without quotes comes back as it was."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
 
-
+_PlainYaml.yaml_implicit_resolvers = {}
 for _tag, _pattern, _first in (
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
