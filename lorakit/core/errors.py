@@ -127,7 +127,8 @@ class Stopped(LorakitError):
     def early(cls, *, interrupted: bool) -> "Stopped":
         """Stopped before there is anything to save."""
         found = "Ctrl-C" if interrupted else "SIGTERM"
-        return cls(f"found {found}, need time", "run the same command again", interrupted=interrupted)
+        message = f"stopped by {found} before anything was written"
+        return cls(message, "run the same command again", interrupted=interrupted)
 
 
 def first_line(error: BaseException) -> str:

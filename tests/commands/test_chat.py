@@ -245,5 +245,5 @@ def test_a_termination_ends_an_answer_with_its_own_code(
     shell.type("hello\n")
     time.sleep(1)
     shell.process.send_signal(signal.SIGTERM)
-    shell.until("found SIGTERM")
+    shell.until("stopped by SIGTERM")
     assert shell.left() == (75, True)

@@ -108,7 +108,12 @@ def failures() -> Iterator[tuple[ExitCode, BaseException, str, str]]:
     full = OSError(errno.ENOSPC, "No space left on device", "/there/file")
     yield ExitCode.DISK, full, "/there/file: found 'No space left on device'", "free some space"
     yield ExitCode.OUT_OF_MEMORY, MemoryError("too much"), "found too much, need more memory", "close other programs"
-    yield ExitCode.INTERRUPTED, KeyboardInterrupt(), "found Ctrl-C, need time", "run the same command again"
+    yield (
+        ExitCode.INTERRUPTED,
+        KeyboardInterrupt(),
+        "stopped by Ctrl-C before anything was written",
+        "run the same command again",
+    )
 
 
 FAILURES = list(failures())
