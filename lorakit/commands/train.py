@@ -17,9 +17,11 @@ def run(config: "TrainConfig", console: "Console") -> None:
     Example: lorakit train --model ./model --blocks blocks --output runs/mine
     """
     from lorakit.console import Signals
-    from lorakit.core import doctor, environment
+    from lorakit.core import artifacts, doctor, environment
 
     worker = environment.worker()
+    for folder in config.data.blocks if worker is None else ():  # before what takes seconds to import
+        artifacts.require_kind(folder, "blocks")
     if worker is not None:
         environment.stop_with_parent()
         console = console.of_rank(worker.rank)

@@ -18,6 +18,7 @@ import importlib.metadata
 import json
 import os
 import re
+import shlex
 import shutil
 import sys
 import uuid
@@ -208,15 +209,25 @@ def _is_lorakits(content: Mapping[str, Any]) -> bool:
     )
 
 
+def require_kind(folder: Path, kind: str) -> Mapping[str, Any]:
+    """The manifest of an artifact of this kind; its files aren't looked at. Raises InputRefused (nothing there, or
+    another kind), ArtifactDamaged (its manifest)."""
+    hint = f"`{MADE_BY[kind]}` makes {kind} folders"
+    if folder.is_file():
+        of_data = f"--dataset {shlex.quote(str(folder))}, which makes blocks of it first"
+        raise InputRefused(f"{folder}: found a file, need a {kind} folder", of_data if kind == "blocks" else hint)
+    manifest = read_manifest(folder, hint)
+    if manifest["kind"] != kind:
+        raise InputRefused(f"{folder}: found {manifest['kind']}, need {kind}", hint)
+    return manifest
+
+
 def open_artifact(folder: Path, kind: str) -> Artifact:
     """The artifact of this kind in `folder`, every file checked against the manifest.
 
     Raises InputRefused (nothing there, or another kind), ArtifactDamaged (a file isn't what the manifest says).
     """
-    hint = f"`{MADE_BY[kind]}` makes {kind} folders"
-    manifest = read_manifest(folder, hint)
-    if manifest["kind"] != kind:
-        raise InputRefused(f"{folder}: found {manifest['kind']}, need {kind}", hint)
+    manifest = require_kind(folder, kind)
     for name, entry in manifest["files"].items():
         path = folder / name
         try:

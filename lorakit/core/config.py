@@ -1325,6 +1325,15 @@ class ChatConfig(StepConfig):
     chat: ChatSection
     sampling: SamplingSection
 
+    @model_validator(mode="after")
+    def _options_that_need_others(self) -> Self:
+        sampling, usual = self.sampling, SamplingSection()
+        given = [name for name in ("top_p", "top_k") if getattr(sampling, name) != getattr(usual, name)]
+        if given and sampling.temperature == 0:
+            names = " and ".join(map(option_name, given))
+            raise ValueError(f"found {names} with --temperature 0, need a higher --temperature: 0 samples nothing")
+        return self
+
 
 class EvaluateConfig(StepConfig):
     model: AnyModelSection

@@ -35,7 +35,7 @@ NEEDED: Mapping[type[StepConfig], dict[str, object]] = {
     TrainConfig: {"model": "owner/name", "blocks": "/d/blocks"},
     PatchAttentionConfig: {"model": "owner/name"},
     MergeConfig: {"adapter": "owner/adapter"},
-    ChatConfig: {"model": "owner/name"},
+    ChatConfig: {"model": "owner/name", "temperature": 0.7},
     EvaluateConfig: {"model": "owner/name", "dataset": "/d/rows.jsonl", "exact_match": True},
     DemoConfig: {},
     DoctorConfig: {},
