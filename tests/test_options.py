@@ -469,6 +469,13 @@ def test_a_problem_of_the_file_names_the_file_and_one_of_the_line_the_option(tmp
 # Help
 
 
+@pytest.mark.parametrize("line", [["-h"], ["train", "-h"]])
+def test_help_has_a_short_name(line: list[str], cli: Cli) -> None:
+    ran = cli(*line)
+    assert (ran.code, ran.err) == (0, "")
+    assert ran.out == cli(*line[:-1], "--help").out
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_shows_every_option_with_what_it_does(name: str, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "400")

@@ -20,13 +20,13 @@ def run(config: "TrainConfig", console: "Console") -> None:
     from lorakit.core import artifacts, doctor, environment
 
     worker = environment.worker()
-    for folder in config.data.blocks if worker is None else ():  # before what takes seconds to import
-        artifacts.require_kind(folder, "blocks")
     if worker is not None:
         environment.stop_with_parent()
         console = console.of_rank(worker.rank)
     if worker is None or worker.local_rank == 0:  # once a machine
         doctor.require_ready("train", console.report)
+    for folder in config.data.blocks if worker is None else ():  # before what takes seconds to import
+        artifacts.require_kind(folder, "blocks")
     from lorakit.core import accelerate_config, launching  # what they import may be what isn't there
     from lorakit.core.preparing import with_blocks
 

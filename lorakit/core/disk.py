@@ -225,6 +225,9 @@ def _process() -> dict[str, Any]:
 
 
 def _busy(path: Path, holder: str) -> Busy:
+    with contextlib.suppress(ValueError, TypeError, KeyError):  # another text is shown as it is
+        process = json.loads(holder)
+        holder = f"process {process['pid']} on {process['host']}"
     return Busy(
         f"{path}: found the output held by {holder}, need it free", "wait for that process, or choose another --output"
     )

@@ -133,7 +133,7 @@ class Diagnosis:
         if failed:
             name, found = failed[0]
             error = found.as_error(name)
-            more = f"; and {', '.join(name for name, _ in failed[1:])}" if len(failed) > 1 else ""
+            more = f" ({', '.join(name for name, _ in failed[1:])} failed too)" if len(failed) > 1 else ""
             raise EnvironmentUnusable(f"{error.message}{more}", error.hint)
 
 
