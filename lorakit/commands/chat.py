@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def run(config: "ChatConfig", console: "Console") -> None:
-    """Talk with a base, an adapter or a merged model; --prompt asks and exits, a pipe is answered line by line.
+    """Talk with a base, an adapter or a merged model; --prompt asks and exits. A pipe is a conversation too.
 
     Example: lorakit chat runs/mine --prompt "Why is the sky blue?"
     """

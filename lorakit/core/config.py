@@ -858,8 +858,8 @@ class ChatSection(Section):
     title = "Conversation"
     prompt: tuple[str, ...] = setting(
         (),
-        "Ask this and exit; may be given several times, each a conversation of its own. Left out: what is typed, or "
-        "each line of a pipe.",
+        "Ask this and exit; may be given several times, each a conversation of its own. Left out: one conversation, of "
+        "what is typed or of the lines of a pipe.",
         repeated=True,
     )
     system: str | None = setting(None, "System prompt. Left out: the chat template's own.")
@@ -980,7 +980,7 @@ class Setting(NamedTuple):
         if self.choices and self.metavar != "|".join(self.choices):
             text += f" One of {', '.join(self.choices)}."
         default, known = self.field.default, [self._bounds] if self._bounds else []
-        if not (self.field.is_required() or default in (None, False, ())):
+        if not (self.field.is_required() or default is None or default is False or default == ()):
             shown = ",".join(default) if isinstance(default, tuple) else "on" if default is True else f"{default}"
             known.append(f"default: {shown.removesuffix('.0')}")
         return f"{text} ({', '.join(known)})" if known else text

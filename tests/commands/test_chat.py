@@ -74,6 +74,14 @@ def test_each_line_of_a_pipe_is_answered(cli: Cli, models: dict[str, Path], monk
     assert found[0]["model"] == str(models["adapter"])
 
 
+def test_a_pipe_is_one_conversation(cli: Cli, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each line is asked after those before it and their answers, until /reset."""
+    typed(monkeypatch, "one\none\n/reset\none\n")
+    first, second, anew = turns(cli("chat", models["base"], "--max-new-tokens", 6, "--json"))
+    assert second["prompt_tokens"] > first["prompt_tokens"]
+    assert anew == first
+
+
 def test_prompts_are_conversations_of_their_own(
     cli: Cli, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

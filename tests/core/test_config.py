@@ -811,6 +811,10 @@ def test_every_setting_has_a_name_of_its_own(config_class: type[StepConfig]) -> 
         ("gradient_checkpointing", "(default: on)"),
         ("target_modules", "(default: all-linear)"),
         ("dtype", "(default: auto)"),
+        ("lora_dropout", "(≥ 0 and < 1, default: 0)"),
+        ("weight_decay", "(≥ 0 and ≤ 1000, default: 0)"),
+        ("validation_split", "(≥ 0 and < 1, default: 0)"),
+        ("seed", "(≥ 0 and ≤ 9223372036854775807, default: 0)"),
     ],
 )
 def test_help_shows_the_default_as_it_is_typed(name: str, shown: str) -> None:
