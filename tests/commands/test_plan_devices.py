@@ -351,6 +351,13 @@ def test_attention_that_keeps_scores_is_counted_with_either_engine(cli: Cli) -> 
     assert more[0] > 2**30
 
 
+@pytest.mark.parametrize("steps", [1, 4])
+def test_settings_in_json_have_types(cli: Cli, steps: int) -> None:
+    found = cli("plan-devices", "smollm2-135m", "--gpus", "8GiB", "--gradient-accumulation-steps", steps, "--json")
+    assert found.json["settings"]["accumulates_gradients"] is (steps > 1)
+    assert "gradient_accumulation_steps" not in found.json["settings"]
+
+
 def test_offloading_hints_at_the_file_without_which_train_does_not_offload(cli: Cli) -> None:
     """Only --plan makes train offload: the next command has it, written already or not."""
     hint = cli("plan-devices", *OFFLOAD).err
