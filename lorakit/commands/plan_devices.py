@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from lorakit.core.errors import OutOfMemory
+from lorakit.core.errors import OutOfMemory, shown_bytes
 
 if TYPE_CHECKING:
     from lorakit.console import Console
@@ -22,7 +22,7 @@ def run(config: "PlanDevicesConfig", console: "Console") -> None:
     planned = planning.plan_devices(config, console.report)
     plan, work = planned.plan, planned.plan.work
     settings = f"{work.quantize}/{work.dtype} base, rank {work.rank}, {work.batch_size} × {work.block_size:,} tokens"
-    console.say(f"{plan.shape.name}: {plan.shape.parameters / 1e9:.2f} B parameters, {settings}, {plan.parallel}")
+    console.say(f"{plan.shape.name}: {_count(plan.shape.parameters)} parameters, {settings}, {plan.parallel}")
     console.bars([(load.name, _parts(load), f"{_gib(load):>12}") for load in plan.loads])
     console.say("w weights, L LoRA with gradients and optimizer, a activations and loss, c CUDA or Python, allocator")
     if planned.compared:
@@ -35,7 +35,7 @@ def run(config: "PlanDevicesConfig", console: "Console") -> None:
     offloaded = f"{count} of {plan.shape.num_layers} layers lie in CPU memory. " if count else ""
     console.say(f"{offloaded}{'It fits' if plan.fits else 'It does not fit'}: {fullest.name} needs {_gib(fullest)}.")
     for change in planned.suggestions:
-        console.say(f"With {change.option} it would: {change.change}, {change.plan.peak_bytes / 2**30:.1f} GiB.")
+        console.say(f"With {change.option} it would: {change.change}, {shown_bytes(change.plan.peak_bytes)}.")
     console.result(planned.as_json())
     if not plan.fits:
         changes = (f"add {change.option}" for change in planned.suggestions)
@@ -45,7 +45,14 @@ def run(config: "PlanDevicesConfig", console: "Console") -> None:
 
 
 def _gib(load: "Load") -> str:
-    return f"{load.bytes.total / 2**30:.1f} of {load.budget_bytes / 2**30:.1f} GiB"
+    total, budget = load.bytes.total, load.budget_bytes
+    if min(total, budget) < 2**30:
+        return f"{shown_bytes(total)} of {shown_bytes(budget)}"
+    return f"{total / 2**30:.1f} of {budget / 2**30:.1f} GiB"
+
+
+def _count(parameters: int) -> str:
+    return f"{parameters / 1e9:.2f} B" if parameters >= 1e9 else f"{parameters / 1e6:.2f} M"
 
 
 def _parts(load: "Load") -> dict[str, float]:
@@ -56,5 +63,5 @@ def _parts(load: "Load") -> dict[str, float]:
 
 def _row(plan: "Plan") -> list[str]:
     speed = f"≈ {plan.tokens_per_second:,.0f} tokens/s" if plan.tokens_per_second else ""
-    figures = [f"{plan.peak_bytes / 2**30:.1f} GiB", f"{plan.share:.0%}", speed]
+    figures = [shown_bytes(plan.peak_bytes), f"{plan.share:.0%}", speed]
     return [plan.parallel, plan.work.quantize, "yes" if plan.fits else "no", *figures]

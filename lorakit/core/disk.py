@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorakit.core.errors import Busy, DiskFailed, disk_failed
+from lorakit.core.errors import Busy, DiskFailed, disk_failed, shown_bytes
 
 MANIFEST = "lorakit.json"
 """The file that makes a folder an artifact, see artifacts.py."""
@@ -301,7 +301,7 @@ def require_free_bytes(target: Path, needed_bytes: int) -> None:
     free_bytes = shutil.disk_usage(folder).free
     if free_bytes < needed_bytes:
         raise DiskFailed(
-            f"{target}: found {free_bytes / 2**30:.2f} GiB free, need {needed_bytes / 2**30:.2f} GiB "
+            f"{target}: found {shown_bytes(free_bytes)} free, need {shown_bytes(needed_bytes)} "
             f"({needed_bytes:,} bytes)",
             "free some space, or choose another folder with --output",
         )

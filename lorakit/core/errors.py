@@ -136,6 +136,13 @@ def first_line(error: BaseException) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
+def shown_bytes(size_bytes: int) -> str:
+    """A size in the largest unit that it has one of."""
+    units = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
+    unit = next((unit for unit, size in units.items() if size_bytes >= size), "bytes")
+    return f"{size_bytes / units[unit]:.2f} {unit}" if unit in units else f"{size_bytes} {unit}"
+
+
 def differences(found: Mapping[str, object], wanted: Mapping[str, object]) -> list[str]:
     """`name: found X, asked for Y` for every key that differs between two flat mappings."""
     return [
