@@ -751,7 +751,7 @@ class PlannedBatchSection(Section):
     title = "Batch and length"
     block_size: Annotated[int, Field(ge=8, le=65_536)] | Literal["auto"] = setting(
         2048,
-        "Tokens in a block. auto: the most that fits.",
+        "Tokens in a block. auto: the most that fits, up to the model's own context.",
         metavar="N|auto",
         need="a whole number from 8 to 65536, or auto",
     )
