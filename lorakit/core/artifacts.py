@@ -330,8 +330,8 @@ def refuse_other_work(
     lines += differences(*({name: a[name][:_SHOWN_DIGITS] for name in others if name in a} for a in (before, now)))
     if lines:
         listed = "\n  ".join(lines)
-        message = f"{artifact.path}: found {artifact.kind} of other work, need the same:\n  {listed}"
-        raise Mismatch(message, hint({**changed, **{name: before.get(name) for name in others}}))
+        what_to_do = hint({**changed, **{name: before.get(name) for name in others}})
+        raise Mismatch(f"{artifact.path}: found {artifact.kind} of other work, need the same:\n  {listed}", what_to_do)
 
 
 def _made_with(artifact: Artifact, config: "StepConfig", name: str, wanted: object) -> object:

@@ -21,7 +21,15 @@ from typing import Any, Literal, NamedTuple
 
 from lorakit import __version__
 from lorakit.core.config import IN_8_BITS
-from lorakit.core.errors import EnvironmentUnusable, InputRefused, Mismatch, OutOfMemory, UsageError, differences
+from lorakit.core.errors import (
+    EnvironmentUnusable,
+    InputRefused,
+    Mismatch,
+    OutOfMemory,
+    UsageError,
+    differences,
+    shown_bytes,
+)
 from lorakit.core.memory import (
     CPU_PROCESS_BYTES,
     LOSS_TOKENS,
@@ -76,6 +84,14 @@ class Load:
     def share(self) -> float:
         """The part of its budget that is used."""
         return self.bytes.total / max(self.budget_bytes, 1)
+
+    @property
+    def used(self) -> str:
+        """How much of its budget is used, to be read."""
+        total, budget = self.bytes.total, self.budget_bytes
+        if min(total, budget) < 2**30:
+            return f"{shown_bytes(total)} of {shown_bytes(budget)}"
+        return f"{total / 2**30:.1f} of {budget / 2**30:.1f} GiB"
 
 
 @dataclass(frozen=True)

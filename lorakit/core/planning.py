@@ -313,9 +313,9 @@ def _changes(plan: Plan, work: Workload, budgets: Budgets, parallel: Asked, fact
         return {**budgets, **dict.fromkeys(gpus or budgets, gib * 2**30)}
 
     least = of_size(1 + _largest(lambda gib: not again(work, budgets=of_size(gib)).fits, _MOST_GIB))
-    size = f"{max(least[device] for device in gpus or least) >> 30} GiB"
-    option = f"--gpus {_typed(least)}" if gpus else f"--cpu {size.replace(' ', '')}"
-    tried.append((f"GPUs of {size}" if gpus else f"{size} of memory", option, again(work, budgets=least)))
+    amount = f"{max(least[device] for device in gpus or least) >> 30} GiB"
+    option = f"--gpus {_typed(least)}" if gpus else f"--cpu {amount.replace(' ', '')}"
+    tried.append((f"GPUs of {amount}" if gpus else f"{amount} of memory", option, again(work, budgets=least)))
     yield from (Suggestion(*change) for change in tried if change[2].fits)
 
 
