@@ -85,12 +85,13 @@ class Console:
 
     def say(self, text: str, end: str = "\n") -> None:
         """A piece of the command's result, as text on stdout; nothing with --json. A line is wrapped, a part of one
-        (`end` is empty) stays what it is, tabs and all."""
+        (`end` is empty) stays what it is, tabs and all; in a pipe control characters too: it's what a model said."""
         if not self.json:
             if end:
                 self._print(self._out, self._wrapped(self._out, Text(text)), end=end)
             else:
-                self._print(self._out, Segments([Segment(text.translate(_VISIBLE))]), end="")
+                shown = text.translate(_VISIBLE) if self._out.is_terminal else text
+                self._print(self._out, Segments([Segment(shown)]), end="")
             self._in_line = not (end or text).endswith("\n")
 
     def result(self, facts: Mapping[str, Any]) -> None:

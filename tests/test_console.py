@@ -74,8 +74,6 @@ def test_no_text_commands_the_terminal(shown: Callable[[], Shown]) -> None:
     hostile = "a\x1b]0;title\x07\x9b2J\x7f\x00b\tc"
     console = Console()
     console.say(hostile)
-    console.say(hostile, end="")
-    console.say("")
     console.note(hostile)
     console.hint(hostile)
     console.error(InputRefused(f"found {hostile}", hostile))
@@ -533,10 +531,16 @@ def test_a_pipe_of_what_is_no_text_is_refused(line: bytes, monkeypatch: pytest.M
             list(Console().lines())
 
 
-def test_tabs_and_ends_of_lines_of_an_answer_stay_what_they_are(shown: Callable[[], Shown]) -> None:
-    Console().say("if x:\n\treturn\t1", end="")
-    Console().say("\x0c\r\n", end="")
-    assert shown() == ("if x:\n\treturn\t1␌␍\n", "")
+def test_an_answer_stays_what_it_is_in_a_pipe(shown: Callable[[], Shown]) -> None:
+    Console().say("if x:\r\n\treturn\t1", end="")
+    Console().say("\x0c\n", end="")
+    assert shown() == ("if x:\r\n\treturn\t1\x0c\n", "")
+
+
+def test_an_answer_commands_no_terminal() -> None:
+    written = on_a_terminal(r"from lorakit.console import Console; Console().say('a\x1b]0;t\x07\tb', end='')")
+    assert "a␛]0;t␇\tb" in written
+    assert "\x1b]0;t" not in written
 
 
 # Closed pipes
