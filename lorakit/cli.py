@@ -47,6 +47,7 @@ COMMANDS: Mapping[str, Callable[..., None]] = {
     "demo": demo.run,
 }
 
+_HELP: dict[str, Any] = {"help_option_names": ["--help", "-h"]}
 _WIDE = 60
 _FLOWS = """Fine-tune a model:
   lorakit prepare rows.jsonl --tokenizer MODEL
@@ -70,7 +71,7 @@ def build_app(arguments: Sequence[str]) -> Any:
     chosen = next((argument for argument in arguments if argument in COMMANDS), None)
     # tables of four columns can't be read in a narrow window; without them, options have lines of their own
     wide = _completes() or _width() >= _WIDE
-    app = typer.Typer(name="lorakit", rich_markup_mode="rich" if wide else None)
+    app = typer.Typer(name="lorakit", rich_markup_mode="rich" if wide else None, context_settings=_HELP)
     app.callback(invoke_without_command=True, epilog=_FLOWS if wide else _as_it_is(_FLOWS))(_lorakit)
     for name, run in COMMANDS.items():
         if name == chosen:
@@ -81,7 +82,7 @@ def build_app(arguments: Sequence[str]) -> Any:
             app.command(name, help=run.__doc__)(_nothing)
     built: Any = typer.main.get_command(app)
     for one in (built, *built.commands.values()):
-        options = [one.get_help_option(typer.Context(one)), *one.params]
+        options = [one.get_help_option(typer.Context(one, **_HELP)), *one.params]
         for switch in (option for option in options if getattr(option, "is_flag", False)):
             switch.metavar = ""  # typer shows <bool>
         if not wide:

@@ -55,7 +55,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
 
     try:
         found = json.loads((folder / MANIFEST).read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -91,9 +91,9 @@ def _cached() -> Offered:
     """Blocks in lorakit's cache, with what they were made of: their folders' names say nothing."""
     cache, offers = cache_folder() / "blocks", []
     for name in _folders(cache):
-        config = _manifest(cache / name).get("config", {})
-        datasets = config.get("dataset")
-        if isinstance(datasets, list):
+        config = _manifest(cache / name).get("config")
+        datasets = config.get("dataset") if isinstance(config, dict) else None
+        if isinstance(config, dict) and isinstance(datasets, list):
             rows = " ".join(os.path.basename(str(dataset)) for dataset in datasets)
             offers.append((str(cache / name), f"{rows}, blocks of {config.get('block_size')} tokens"))
     return offers

@@ -1,6 +1,7 @@
 """The only printer: a command's result on stdout, everything else on stderr.
 
-Text from users is printed without markup. Colour is never the only sign; rich leaves it out for pipes and NO_COLOR.
+Text from users is printed without markup, and its control characters as signs. Colour is never the only sign; rich
+leaves it out for pipes and NO_COLOR.
 On a terminal sentences are wrapped between words; figures, commands and everything in a pipe stay one line, however
 long: a path or a command in two pieces can't be copied.
 """
@@ -15,6 +16,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from types import FrameType
 from typing import Any
 
@@ -26,6 +28,10 @@ from lorakit.core.errors import InputRefused, LorakitError, Stopped
 from lorakit.core.events import Notice, Progress
 
 _SECONDS_BETWEEN_LINES = 10.0
+_VISIBLE = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
+_VISIBLE |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
+"""Control characters as signs that show them, one for one: what strangers wrote (names of tensors, rows, answers)
+mustn't command the terminal."""
 _WIDE = 60
 """Columns of a terminal from which on there is room for a bar."""
 
@@ -79,12 +85,13 @@ class Console:
 
     def say(self, text: str, end: str = "\n") -> None:
         """A piece of the command's result, as text on stdout; nothing with --json. A line is wrapped, a part of one
-        (`end` is empty) stays what it is, tabs and all."""
+        (`end` is empty) stays what it is, tabs and all; in a pipe control characters too: it's what a model said."""
         if not self.json:
             if end:
                 self._print(self._out, self._wrapped(self._out, Text(text)), end=end)
             else:
-                self._print(self._out, Segments([Segment(text)]), end="")
+                shown = text.translate(_VISIBLE) if self._out.is_terminal else text
+                self._print(self._out, Segments([Segment(shown)]), end="")
             self._in_line = not (end or text).endswith("\n")
 
     def result(self, facts: Mapping[str, Any]) -> None:
@@ -92,7 +99,9 @@ class Console:
         self.stop_progress()
         if self.json:
             as_it_is = codecs.lookup(self._out.encoding).name.startswith("utf")
-            self._print(self._out, Text(json.dumps(facts, ensure_ascii=not as_it_is, default=str)))
+            text = json.dumps(facts, ensure_ascii=not as_it_is, default=str)
+            text = re.sub("[\x7f-\x9f]", lambda found: f"\\u{ord(found[0]):04x}", text)  # as JSON writes other controls
+            self._print(self._out, Text(text))
 
     def summary(self, facts: Mapping[str, str]) -> None:
         """A few named figures, on stdout."""
@@ -206,6 +215,7 @@ class Console:
         if self._bar is None:
             self._bar = _bar(self._err)
             self._bar.start()
+        event = replace(event, task=event.task.translate(_VISIBLE), note=event.note.translate(_VISIBLE))
         task = next((task.id for task in self._bar.tasks if task.description == event.task), None)
         if task is None:
             task = self._bar.add_task(
@@ -303,6 +313,8 @@ class Console:
     def _print(self, console: "_Stream", what: Any, end: str = "\n") -> None:
         if console is self._out:  # else it would stand behind the bar, in the bar's line
             self.stop_progress()
+        if isinstance(what, Text):
+            what.plain = what.plain.translate(_VISIBLE)
         console.print(what, end=end)
 
     def _wrapped(self, stream: "_Stream", text: Text, indent: int = 0) -> Text:

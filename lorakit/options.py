@@ -7,6 +7,7 @@ Every option reaches typer as text; the config checks it, so that all problems a
 
 import inspect
 import json
+import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -66,7 +67,7 @@ def command(name: str, body: Callable[..., None]) -> Callable[..., None]:
         console = Console(json=json, quiet=quiet, verbose=verbose)
         typed = {name: value for name, value in given.items() if value not in (None, False, [])}
         typed |= {option.name: False for option in options if typed.pop(_NO + option.name, False)}
-        layers = [_file_layer(config_file, typed, console)] if config_file is not None else []
+        layers = [_file_layer(name, config_file, typed, console)] if config_file is not None else []
         try:
             body(CONFIGS[name].resolve(*layers, (None, typed)), console)
         finally:
@@ -138,11 +139,21 @@ def _is_recipe(path: Path) -> bool:
     return not path.exists() and str(path) in recipes()
 
 
-def _file_layer(path: Path, typed: Mapping[str, object], console: "Console") -> tuple[str, Mapping[str, object]]:
-    """A settings file's name and settings; what a recipe says of making blocks isn't for blocks that are there."""
-    from lorakit.core.config import PackingSection
+def _file_layer(
+    command: str, path: Path, typed: Mapping[str, object], console: "Console"
+) -> tuple[str, Mapping[str, object]]:
+    """A settings file's name and settings; what a recipe says of making blocks isn't for blocks that are there. Raises
+    UsageError where they are another command's."""
+    from lorakit.core.config import CONFIGS, PackingSection
 
     content = read_settings(path)
+    for other, config in CONFIGS.items() if content.keys() - CONFIGS[command].settings() else ():
+        known = config.settings()
+        if content.keys() <= known.keys() and len(content) > len(known) / 2:
+            raise UsageError(
+                f"--config {path}: found the settings of `lorakit {other}`, need those of `lorakit {command}`",
+                f"`lorakit {other} --config {shlex.quote(str(path))}` takes them",
+            )
     unused = [name for name in content if name in PackingSection.model_fields]
     if unused and typed.get("blocks") and _is_recipe(path):
         console.note(f"{path}: {', '.join(unused)} isn't used: --blocks are packed already")
@@ -168,5 +179,6 @@ def read_settings(path: Path) -> Mapping[str, object]:
     except ValueError as error:
         raise UsageError(f"--config {file}: found {error}, need YAML", hint) from None
     if not isinstance(content, dict):
-        raise UsageError(f"--config {file}: found {type(content).__name__}, need names with values", hint)
+        found = "an empty file" if content is None else "a list" if isinstance(content, list) else "a value alone"
+        raise UsageError(f"--config {file}: found {found}, need names with values", hint)
     return content

@@ -77,4 +77,4 @@ def problems(folder: Path) -> Iterator[str]:
 
 def is_whole(message: str, hint: str) -> bool:
     """Whether an error says what it found and what to do; what libraries and other ranks say is in their words."""
-    return bool(hint.strip()) and ("found " in message or "stopped after" in message or message.startswith("rank "))
+    return bool(hint.strip()) and ("found " in message or "stopped " in message or message.startswith("rank "))

@@ -122,6 +122,14 @@ def test_folders_that_hold_what_is_asked_for_are_offered(shell: str, tmp_path: P
     assert offered(shell, "lorakit merge nowhere/") == []
 
 
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"config": []}', '{"config": {"dataset": 3}}', "[]", "\0"])
+def test_a_manifest_of_nonsense_is_passed_over(content: str, tmp_path: Path) -> None:
+    for folder in (tmp_path / "cache" / "blocks" / "odd", tmp_path / "odd"):
+        folder.mkdir(parents=True)
+        (folder / "lorakit.json").write_text(content)
+    assert offered("bash", "lorakit train --blocks ") == []
+
+
 def test_blocks_in_the_cache_are_offered_with_what_they_were_made_of(
     cli: Callable[..., Ran], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:

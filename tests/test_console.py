@@ -69,6 +69,41 @@ def test_text_is_printed_as_it_is(shown: Callable[[], Shown]) -> None:
     assert shown() == ("", MARKUP + "\n")
 
 
+def test_no_text_commands_the_terminal(shown: Callable[[], Shown]) -> None:
+    """Escape sequences can hide what was printed, set a window's title or ask for what is then typed."""
+    hostile = "a\x1b]0;title\x07\x9b2J\x7f\x00b\tc"
+    console = Console()
+    console.say(hostile)
+    console.note(hostile)
+    console.hint(hostile)
+    console.error(InputRefused(f"found {hostile}", hostile))
+    console.summary({hostile: hostile})
+    console.table(hostile, [hostile], [[hostile]])
+    console.report(Notice(hostile))
+    out, err = shown()
+    for text in (out, err):
+        assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", text)
+        assert "a␛]0;title" in text
+        assert re.search(r"\ufffd2J␡␀b\s+c", text)
+
+
+def test_json_keeps_what_it_escapes(shown: Callable[[], Shown]) -> None:
+    hostile = "a\x1b[2J\x9b\x7f\x85é"
+    Console(json=True).result({"answer": hostile})
+    out, _ = shown()
+    assert json.loads(out) == {"answer": hostile}
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", out)
+
+
+def test_a_bar_shows_no_control_characters() -> None:
+    script = "from lorakit.console import Console; from lorakit.core.events import Progress; c = Console(); "
+    script += "c.report(Progress('x\\x1b[31mY', 1, 2, 'rows', 'n\\x1b]0;t')); c.close()"
+    written = on_a_terminal(script)
+    assert "x␛[31mY" in written
+    assert "\x1b[31mY" not in written
+    assert "\x1b]0;t" not in written
+
+
 def test_tables_hold_text_as_it_is(shown: Callable[[], Shown]) -> None:
     Console().summary({MARKUP: MARKUP})
     out, err = shown()
@@ -496,10 +531,16 @@ def test_a_pipe_of_what_is_no_text_is_refused(line: bytes, monkeypatch: pytest.M
             list(Console().lines())
 
 
-def test_tabs_and_what_terminals_obey_stay_what_they_are(shown: Callable[[], Shown]) -> None:
+def test_an_answer_stays_what_it_is_in_a_pipe(shown: Callable[[], Shown]) -> None:
     Console().say("if x:\r\n\treturn\t1", end="")
     Console().say("\x0c\n", end="")
     assert shown() == ("if x:\r\n\treturn\t1\x0c\n", "")
+
+
+def test_an_answer_commands_no_terminal() -> None:
+    written = on_a_terminal(r"from lorakit.console import Console; Console().say('a\x1b]0;t\x07\tb', end='')")
+    assert "a␛]0;t␇\tb" in written
+    assert "\x1b]0;t" not in written
 
 
 # Closed pipes

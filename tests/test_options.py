@@ -11,6 +11,7 @@ import typer
 from lorakit import __version__
 from lorakit.cli import COMMANDS
 from lorakit.console import Console
+from lorakit.core.artifacts import settings_text
 from lorakit.core.config import (
     CONFIGS,
     ChatConfig,
@@ -387,21 +388,22 @@ def test_a_file_of_another_alphabet_is_read_as_utf_8(tmp_path: Path) -> None:
 def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
     message = refused(settings_file(tmp_path, "rank: 8\nseed: 1\nrank: 16\n")).message
     assert "the key 'rank' twice" in message
-    assert "line 1" in message or "line 3" in message
+    assert "in line 3, need YAML" in message
 
 
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("", "NoneType"),
-        ("just words", "str"),
-        ("- rank\n- 8\n", "list"),
+        ("", "found an empty file, need names with values"),
+        ("# nothing yet\n", "found an empty file, need names with values"),
+        ("just words", "found a value alone, need names with values"),
+        ("- rank\n- 8\n", "found a list, need names with values"),
         ("rank: [8\n", "need YAML"),
         ("rank: 8\n\tseed: 1\n", "need YAML"),
         ("a: 1\n---\nb: 2\n", "need YAML"),
         ("rank: !!python/object/apply:os.getcwd []\n", "need YAML"),
         ("{[1]: 2}", "need YAML"),
-        ("block_size: 2020-13-45\n", "need YAML"),
+        ("block_size: !!timestamp 2020-13-45\n", "need YAML"),
         ("[" * 20_000, "need YAML"),
         (b"rank: \xff8\n", "need YAML"),
         (b"rank: 8\x00\n", "need YAML"),
@@ -411,6 +413,32 @@ def test_what_isnt_a_list_of_settings_is_refused(content: str | bytes, words: st
     error = refused(settings_file(tmp_path, content))
     assert words in error.message
     assert "\n" not in error.message
+
+
+@pytest.mark.parametrize(("text", "seen"), [("epochs: 1:30", "'1:30'"), ("rank: 0x10", "'0x10'")])
+def test_what_yaml_1_1_takes_for_a_number_is_none(text: str, seen: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=f"found {seen}, need a "):
+        parsed(TrainConfig, *TRAIN, "--config", str(settings_file(tmp_path, text)))
+
+
+def test_a_zero_in_front_doesnt_change_a_number(tmp_path: Path) -> None:
+    assert values(TrainConfig, *TRAIN, "--config", str(settings_file(tmp_path, "rank: 010\n")))["rank"] == 10
+
+
+def test_a_column_may_be_called_yes(tmp_path: Path) -> None:
+    path = settings_file(tmp_path, "columns: {completion: yes}\n")
+    assert values(PrepareConfig, "d", "--tokenizer", "t", "--config", str(path))["columns"] == ["completion=yes"]
+
+
+def test_the_settings_of_another_command_are_told_as_such(tmp_path: Path) -> None:
+    path = settings_file(tmp_path, settings_text(MergeConfig.resolve((None, {"adapter": "owner/name"}))).decode())
+    with pytest.raises(UsageError) as caught:
+        parsed(TrainConfig, *TRAIN, "--config", str(path))
+    found = "found the settings of `lorakit merge`, need those of `lorakit train`"
+    assert caught.value.message == f"--config {path}: {found}"
+    path = settings_file(tmp_path, "base: b\n")  # one key says little
+    with pytest.raises(UsageError, match="unknown key 'base'"):
+        parsed(TrainConfig, *TRAIN, "--config", str(path))
 
 
 def test_a_file_that_isnt_there_is_named(tmp_path: Path) -> None:
@@ -440,6 +468,13 @@ def test_a_problem_of_the_file_names_the_file_and_one_of_the_line_the_option(tmp
 
 
 # Help
+
+
+@pytest.mark.parametrize("line", [["-h"], ["train", "-h"]])
+def test_help_has_a_short_name(line: list[str], cli: Cli) -> None:
+    ran = cli(*line)
+    assert (ran.code, ran.err) == (0, "")
+    assert ran.out == cli(*line[:-1], "--help").out
 
 
 @pytest.mark.parametrize("name", COMMANDS)

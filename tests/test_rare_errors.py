@@ -373,7 +373,7 @@ def test_a_signal_before_there_is_anything_to_save(asked: str, code: int) -> Non
     with Signals() as signals:
         signals.stop_if_asked()
         signals.asked = asked
-        shows(ExitCode(code), "need time", "run the same command again", signals.stop_if_asked)
+        shows(ExitCode(code), "before anything was written", "run the same command again", signals.stop_if_asked)
 
 
 def test_blocks_that_cant_be_mapped_into_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -214,3 +214,11 @@ def test_the_short_form_is_the_recipe() -> None:
 @pytest.mark.parametrize("command", [command for command in commands("Recipes") if command[:2] == ["lorakit", "train"]])
 def test_the_commands_beside_the_recipes_parse(command: list[str]) -> None:
     parsed(TrainConfig, *command[2:])
+
+
+def test_the_keys_of_trains_json_are_all_listed() -> None:
+    from lorakit.core.training import Trained
+
+    [row] = [line for line in README.splitlines() if line.startswith("| train | `path ")]
+    listed = row.split("`")[1].split()
+    assert sorted(listed) == sorted(Trained.__dataclass_fields__)

@@ -53,10 +53,10 @@ def test_an_error_of_another_process_is_noted_with_the_place_that_made_it(tmp_pa
     assert python(MAKES, tmp_path / "seen") == "DiskFailed\n"
     [error] = noted(tmp_path / "seen", "errors")
     assert error["class"] == "DiskFailed"
-    assert "GiB free" in error["message"]
+    assert " free, need " in error["message"]
     path, line = error["places"][0]
     assert any(
-        path.endswith(place.path) and place.first <= line <= place.last and "GiB free" in place.text
+        path.endswith(place.path) and place.first <= line <= place.last and "} free, need " in place.text
         for place in places()
     )
 

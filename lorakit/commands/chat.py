@@ -11,19 +11,22 @@ if TYPE_CHECKING:
 
 
 def run(config: "ChatConfig", console: "Console") -> None:
-    """Talk with a base, an adapter or a merged model; --prompt asks and exits, a pipe is answered line by line.
+    """Talk with a base, an adapter or a merged model; --prompt asks and exits. A pipe is a conversation too.
 
     Example: lorakit chat runs/mine --prompt "Why is the sky blue?"
     """
+    from lorakit.core.adapters import require_adapter_or_model
+
+    require_adapter_or_model(config.model.model)  # before what takes seconds to import
     from lorakit.core.generation import HELP, Conversation
     from lorakit.core.model import open_model
 
-    model, prompts = config.model, config.chat.prompt
+    model, prompts, longest = config.model, config.chat.prompt, config.sampling.max_new_tokens
     opened = open_model(model.model, model.base, model.dtype, console.report, model.quantize)
     talk = Conversation(opened, config.chat.system, config.sampling, console.report)
     for prompt in prompts:
         talk.reset()
-        _ask(prompt, talk, model.model, console)
+        _ask(prompt, talk, model.model, longest, console)
     if console.is_terminal and not prompts:
         console.note(HELP)
     for line in console.lines() if not prompts else ():
@@ -32,14 +35,14 @@ def run(config: "ChatConfig", console: "Console") -> None:
             if question is None:
                 break
             if question:
-                _ask(question, talk, model.model, console)
+                _ask(question, talk, model.model, longest, console)
         except LorakitError as error:
             if isinstance(error, Stopped) or not console.is_terminal:
                 raise
             console.error(error)
 
 
-def _ask(question: str, talk: "Conversation", model: str, console: "Console") -> None:
+def _ask(question: str, talk: "Conversation", model: str, longest: int, console: "Console") -> None:
     """Say the answer as it comes, until Ctrl-C; with --json an object a turn."""
     answer = None
     with console.answering() as stopped:
@@ -47,5 +50,8 @@ def _ask(question: str, talk: "Conversation", model: str, console: "Console") ->
     console.say("")
     if answer is not None:
         if answer.finish_reason == "length":
-            console.note(f"(cut at {answer.completion_tokens} tokens; --max-new-tokens allows more)")
+            more = (
+                "--max-new-tokens allows more" if answer.completion_tokens >= longest else "the model's context is full"
+            )
+            console.note(f"(cut at {answer.completion_tokens} tokens; {more})")
         console.result({"model": model, "prompt": question, **vars(answer)})

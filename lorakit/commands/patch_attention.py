@@ -17,8 +17,12 @@ def run(config: "PatchAttentionConfig", console: "Console") -> None:
 
     Example: lorakit patch-attention meta-llama/Llama-3.1-8B --apply
     """
-    from lorakit.core import attention
     from lorakit.core.environment import patched_transformers
+    from lorakit.core.hub import config_folder
+
+    if config.applying.revert is None:  # before what takes seconds to import
+        config_folder(config.attention.model or str(config.applying.apply_to))
+    from lorakit.core import attention
 
     if warning := patched_transformers():
         console.note(warning)

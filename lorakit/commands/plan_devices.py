@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from lorakit.core.errors import OutOfMemory
+from lorakit.core.errors import OutOfMemory, shown_bytes
 
 if TYPE_CHECKING:
     from lorakit.console import Console
@@ -21,9 +21,12 @@ def run(config: "PlanDevicesConfig", console: "Console") -> None:
         doctor.require_ready("plan-devices", console.report)
     planned = planning.plan_devices(config, console.report)
     plan, work = planned.plan, planned.plan.work
+    count, unit = (
+        (plan.shape.parameters / 1e6, "M") if plan.shape.parameters < 1e9 else (plan.shape.parameters / 1e9, "B")
+    )
     settings = f"{work.quantize}/{work.dtype} base, rank {work.rank}, {work.batch_size} × {work.block_size:,} tokens"
-    console.say(f"{plan.shape.name}: {plan.shape.parameters / 1e9:.2f} B parameters, {settings}, {plan.parallel}")
-    console.bars([(load.name, _parts(load), f"{_gib(load):>12}") for load in plan.loads])
+    console.say(f"{plan.shape.name}: {count:.2f} {unit} parameters, {settings}, {plan.parallel}")
+    console.bars([(load.name, _parts(load), f"{load.used:>12}") for load in plan.loads])
     console.say("w weights, L LoRA with gradients and optimizer, a activations and loss, c CUDA or Python, allocator")
     if planned.compared:
         header = ("strategy", "base", "fits", "fullest device", "", "on H200s")
@@ -31,21 +34,17 @@ def run(config: "PlanDevicesConfig", console: "Console") -> None:
     if planned.probed:
         took = f"{planned.probed.factor:.1%} of what is counted"
         console.say(f"Probed: the step on one layer took {took}; corrected by that.")
-    fullest, count = max(plan.loads, key=lambda load: load.share), len(plan.computed_on)
-    offloaded = f"{count} of {plan.shape.num_layers} layers lie in CPU memory. " if count else ""
-    console.say(f"{offloaded}{'It fits' if plan.fits else 'It does not fit'}: {fullest.name} needs {_gib(fullest)}.")
+    fullest, offloads = max(plan.loads, key=lambda load: load.share), len(plan.computed_on)
+    offloaded = f"{offloads} of {plan.shape.num_layers} layers lie in CPU memory. " if offloads else ""
+    console.say(f"{offloaded}{'It fits' if plan.fits else 'It does not fit'}: {fullest.name} needs {fullest.used}.")
     for change in planned.suggestions:
-        console.say(f"With {change.option} it would: {change.change}, {change.plan.peak_bytes / 2**30:.1f} GiB.")
+        console.say(f"With {change.option} it would: {change.change}, {shown_bytes(change.plan.peak_bytes)}.")
     console.result(planned.as_json())
     if not plan.fits:
         changes = (f"add {change.option}" for change in planned.suggestions)
         hint = next(changes, "no single change is enough: combine some")
-        raise OutOfMemory(f"{plan.shape.name}: found a need of {_gib(fullest)} on {fullest.name}, need more", hint)
+        raise OutOfMemory(f"{plan.shape.name}: found a need of {fullest.used} on {fullest.name}, need more", hint)
     console.hint(planning.next_command(config, plan))
-
-
-def _gib(load: "Load") -> str:
-    return f"{load.bytes.total / 2**30:.1f} of {load.budget_bytes / 2**30:.1f} GiB"
 
 
 def _parts(load: "Load") -> dict[str, float]:
@@ -56,5 +55,5 @@ def _parts(load: "Load") -> dict[str, float]:
 
 def _row(plan: "Plan") -> list[str]:
     speed = f"≈ {plan.tokens_per_second:,.0f} tokens/s" if plan.tokens_per_second else ""
-    figures = [f"{plan.peak_bytes / 2**30:.1f} GiB", f"{plan.share:.0%}", speed]
+    figures = [shown_bytes(plan.peak_bytes), f"{plan.share:.0%}", speed]
     return [plan.parallel, plan.work.quantize, "yes" if plan.fits else "no", *figures]

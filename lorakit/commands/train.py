@@ -17,7 +17,7 @@ def run(config: "TrainConfig", console: "Console") -> None:
     Example: lorakit train --model ./model --blocks blocks --output runs/mine
     """
     from lorakit.console import Signals
-    from lorakit.core import doctor, environment
+    from lorakit.core import artifacts, doctor, environment
 
     worker = environment.worker()
     if worker is not None:
@@ -25,6 +25,8 @@ def run(config: "TrainConfig", console: "Console") -> None:
         console = console.of_rank(worker.rank)
     if worker is None or worker.local_rank == 0:  # once a machine
         doctor.require_ready("train", console.report)
+    for folder in config.data.blocks if worker is None else ():  # before what takes seconds to import
+        artifacts.require_kind(folder, "blocks")
     from lorakit.core import accelerate_config, launching  # what they import may be what isn't there
     from lorakit.core.preparing import with_blocks
 

@@ -105,7 +105,8 @@ class _File:
         if not path.exists():
             self._refuse("no such file", "an accelerate config file", "`accelerate config` writes one")
         try:
-            content = parse_yaml(read_small(path, MAX_SETTINGS_BYTES, "`accelerate config` writes such a file"))
+            raw = read_small(path, MAX_SETTINGS_BYTES, "`accelerate config` writes such a file")
+            content = parse_yaml(raw, version_1_1=True)  # as accelerate reads it
         except ValueError as error:
             self._refuse(str(error), "YAML", "`accelerate config` writes such a file")
         if not isinstance(content, dict) or "distributed_type" not in content:

@@ -152,19 +152,7 @@ def open_adapter(folder: Path, report: Report) -> Adapter:
 
     Raises InputRefused (none, unfinished, or of a kind that can't be used exactly), ArtifactDamaged.
     """
-    checkpoints = sorted((folder / "checkpoints").glob("step-*"))
-    if not (folder / CONFIG).is_file() and not artifacts.is_artifact(folder):
-        if checkpoints or (folder / "metrics.jsonl").exists():
-            if artifacts.is_held(folder):
-                raise InputRefused(
-                    f"{folder}: found a run that is being trained, need a finished one", "wait until it is done"
-                )
-            steps = f"stopped after step {int(checkpoints[-1].name[5:])}" if checkpoints else "without a checkpoint yet"
-            raise InputRefused(
-                f"{folder}: found an unfinished run, {steps}; need a finished one",
-                "run the same `lorakit train` command again: it goes on",
-            )
-        raise InputRefused(f"{folder}: found no {CONFIG}, need an adapter", "`lorakit train` makes adapters")
+    _require_adapter(folder)
     artifact = artifacts.open_artifact(folder, "adapter") if artifacts.is_artifact(folder) else None
     if artifact is not None and not (
         {"base", "blocks"} <= set(artifact.parents) and {CONFIG, WEIGHTS} <= set(artifact.manifest["files"])
@@ -183,6 +171,32 @@ def open_adapter(folder: Path, report: Report) -> Adapter:
             "save the adapter again with a current peft: model.save_pretrained(DIR)",
         )
     return Adapter(folder, config, artifact)
+
+
+def require_adapter_or_model(name: str) -> None:
+    """What folders say without being read: for before what takes seconds to import. Raises InputRefused (neither an
+    adapter nor a model, or an unfinished run), ArtifactDamaged, HubFailed."""
+    folder = model_folder(name)
+    if not (folder / "config.json").is_file():
+        _require_adapter(folder)
+
+
+def _require_adapter(folder: Path) -> None:
+    checkpoints = sorted((folder / "checkpoints").glob("step-*"))
+    if artifacts.is_artifact(folder):
+        artifacts.require_kind(folder, "adapter")
+    elif not (folder / CONFIG).is_file():
+        if checkpoints or (folder / "metrics.jsonl").exists():
+            if artifacts.is_held(folder):
+                raise InputRefused(
+                    f"{folder}: found a run that is being trained, need a finished one", "wait until it is done"
+                )
+            steps = f"stopped after step {int(checkpoints[-1].name[5:])}" if checkpoints else "without a checkpoint yet"
+            raise InputRefused(
+                f"{folder}: found an unfinished run, {steps}; need a finished one",
+                "run the same `lorakit train` command again: it goes on",
+            )
+        raise InputRefused(f"{folder}: found no {CONFIG}, need an adapter", "`lorakit train` makes adapters")
 
 
 def _refuse_unusable(folder: Path, config: Mapping[str, Any]) -> None:

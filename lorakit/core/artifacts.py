@@ -18,6 +18,7 @@ import importlib.metadata
 import json
 import os
 import re
+import shlex
 import shutil
 import stat
 import sys
@@ -56,6 +57,16 @@ MADE_BY = {
 }
 """Every kind of artifact and the command that makes it."""
 
+OtherWorkHint = Callable[[Mapping[str, object]], str]
+"""What to do where work differs: of the settings and inputs that do, by name, what they are in what is there."""
+
+
+def _other_work(found: Mapping[str, object]) -> str:
+    return "choose another --output, or add --overwrite"
+
+
+_SHOWN_DIGITS = 8
+"""Of a fingerprint."""
 _MAX_MANIFEST_BYTES = 4 * MAX_SETTINGS_BYTES  # a hundred thousand files
 _Made = TypeVar("_Made")
 _FILE_NAME = re.compile(r"(?!\.{1,2}$)[^/\x00]+")
@@ -201,15 +212,25 @@ def _is_lorakits(content: Mapping[str, Any]) -> bool:
     )
 
 
+def require_kind(folder: Path, kind: str) -> Mapping[str, Any]:
+    """The manifest of an artifact of this kind; its files aren't looked at. Raises InputRefused (nothing there, or
+    another kind), ArtifactDamaged (its manifest)."""
+    hint = f"`{MADE_BY[kind]}` makes {kind} folders"
+    if folder.is_file():
+        of_data = f"--dataset {shlex.quote(str(folder))}, which makes blocks of it first"
+        raise InputRefused(f"{folder}: found a file, need a {kind} folder", of_data if kind == "blocks" else hint)
+    manifest = read_manifest(folder, hint)
+    if manifest["kind"] != kind:
+        raise InputRefused(f"{folder}: found {manifest['kind']}, need {kind}", hint)
+    return manifest
+
+
 def open_artifact(folder: Path, kind: str) -> Artifact:
     """The artifact of this kind in `folder`, every file checked against the manifest.
 
     Raises InputRefused (nothing there, or another kind), ArtifactDamaged (a file isn't what the manifest says).
     """
-    hint = f"`{MADE_BY[kind]}` makes {kind} folders"
-    manifest = read_manifest(folder, hint)
-    if manifest["kind"] != kind:
-        raise InputRefused(f"{folder}: found {manifest['kind']}, need {kind}", hint)
+    manifest = require_kind(folder, kind)
     for name, entry in manifest["files"].items():
         path = folder / name
         try:
@@ -293,7 +314,7 @@ def claim(
     unfinished: Collection[str] = (),
     may_differ: Collection[str] = (),
     may_lack: Collection[str] = (),
-    hint: str = "choose another --output, or add --overwrite",
+    hint: OtherWorkHint = _other_work,
 ) -> Artifact | None:
     """The artifact that this very work has made at `target` already, or None where the target may be written.
 
@@ -345,15 +366,24 @@ def refuse_foreign(target: Path, own: Collection[str] = ()) -> None:
 
 
 def refuse_other_work(
-    artifact: Artifact, config: "StepConfig", parents: Mapping[str, str], hint: str, may_differ: Collection[str] = ()
+    artifact: Artifact,
+    config: "StepConfig",
+    parents: Mapping[str, str],
+    hint: OtherWorkHint,
+    may_differ: Collection[str] = (),
 ) -> None:
     """Raises Mismatch with the differences where `artifact` comes from other settings or inputs than these."""
     wanted = {name: value for name, value in config.identity().items() if name not in may_differ}
-    changed = differences({name: _made_with(artifact, config, name, value) for name, value in wanted.items()}, wanted)
-    changed += differences(artifact.parents, parents)
-    if changed:
-        listed = "\n  ".join(changed)
-        raise Mismatch(f"{artifact.path}: found {artifact.kind} of other work, need the same:\n  {listed}", hint)
+    made_with = {name: _made_with(artifact, config, name, value) for name, value in wanted.items()}
+    changed = {name: made_with[name] for name in wanted if made_with[name] != wanted[name]}
+    before, now = artifact.parents, dict(parents)
+    others = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    lines = differences(changed, {name: wanted[name] for name in changed})
+    lines += differences(*({name: a[name][:_SHOWN_DIGITS] for name in others if name in a} for a in (before, now)))
+    if lines:
+        listed = "\n  ".join(lines)
+        what_to_do = hint({**changed, **{name: before.get(name) for name in others}})
+        raise Mismatch(f"{artifact.path}: found {artifact.kind} of other work, need the same:\n  {listed}", what_to_do)
 
 
 def _made_with(artifact: Artifact, config: "StepConfig", name: str, wanted: object) -> object:

@@ -85,9 +85,19 @@ TEMPLATES = ("auto", "chat", "none", "alpaca", "vicuna", "llama2", "chatml")
 _DOUBLE_QUANTIZATION = "Quantize the scales of a 4-bit base too: 0.37 bits less for each of its numbers."
 _MAX_SEED = 2**63 - 1  # what torch.manual_seed takes
 _MAX_LAYERS = 10_000
+_MAX_BYTES = 2**60
+"""Of one device's memory."""
+_MAX_BLOCKS = 2**20
+"""In an optimizer step."""
+_MAX_COUNT = 10**9
+"""Of what there is no reason to bound, but that it's counted."""
+_MAX_TOKENS = 2**20
+"""Of an answer."""
+_MAX_AT_ONCE = 65_536
 _WIDEST_METAVAR = 24
 
 
+_COLUMNS_NEED = "NAME=COLUMN, separated by commas, both text: prompt=question,completion=answer"
 _TEMPLATE_NEED = "one of " + ", ".join(TEMPLATES) + ", or a Jinja file"
 
 
@@ -168,7 +178,19 @@ def _compiling(pattern: str) -> str:
 
 
 def _pairs(value: object) -> object:
-    return tuple(f"{name}={column}" for name, column in value.items()) if isinstance(value, Mapping) else value
+    if not isinstance(value, Mapping):
+        return value
+    if not all(isinstance(part, str) for pair in value.items() for part in pair):
+        raise ValueError("names and columns that aren't text")
+    return tuple(f"{name}={column}" for name, column in value.items())
+
+
+def _values(value: object) -> object:
+    if not isinstance(value, Mapping):
+        return value
+    if not all(type(part) in (str, int, float) for part in value.values()):
+        raise ValueError("neither numbers nor text")
+    return tuple(f"{name}={part}" for name, part in value.items())
 
 
 def _renaming(pair: str) -> str:
@@ -210,12 +232,14 @@ def _layer_numbers(value: object) -> object:
         found: list[int] = []
         for part in _split_commas(value):  # type: ignore[attr-defined]
             first, dash, last = part.partition("-")
-            layers = range(int(first), int(last if dash else first) + 1)
-            if not 0 < len(layers) <= _MAX_LAYERS:
+            start, end = int(first), int(last if dash else first)
+            if not 0 <= start <= end < _MAX_LAYERS:
                 raise ValueError("not a range of layers")
-            found += layers
+            found += range(start, end + 1)
         value = tuple(found)
-    return tuple(sorted(set(value))) if isinstance(value, list | tuple) else value
+    if not isinstance(value, list | tuple) or not all(type(layer) is int for layer in value):
+        raise ValueError("not numbers of layers")
+    return tuple(sorted(set(value)))
 
 
 def _one_or_more(value: object) -> object:
@@ -247,10 +271,10 @@ Names = Annotated[tuple[str, ...], BeforeValidator(_split_commas)]
 """Names separated by commas."""
 Modules = Annotated[tuple[str, ...], BeforeValidator(_names_or_pattern), Field(min_length=1)]
 """One or more names of modules separated by commas, or one regular expression."""
-Layers = Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_layer_numbers)]
+Layers = Annotated[tuple[Annotated[int, Field(ge=0, lt=_MAX_LAYERS)], ...], BeforeValidator(_layer_numbers)]
 """Numbers of decoder layers, counted from 0."""
 Arguments = Annotated[
-    tuple[str, ...], AfterValidator(_numbers), BeforeValidator(_split_commas), BeforeValidator(_pairs)
+    tuple[str, ...], AfterValidator(_numbers), BeforeValidator(_split_commas), BeforeValidator(_values)
 ]
 """name=value pairs, separated by commas; in a settings file also a mapping."""
 
@@ -266,14 +290,14 @@ def _sizes(value: object) -> object:
     found: list[int] = []
     for part in value.split(","):
         matched = _SIZE.fullmatch(part.strip())
-        size = int(float(matched[2]) * _UNITS[matched[3]]) if matched else 0
-        if not matched or not size:
+        size = float(matched[2]) * _UNITS[matched[3]] if matched else 0.0
+        if not matched or not 1 <= size <= _MAX_BYTES:
             raise ValueError("not a size")
-        found += [size] * int(matched[1] or 1)
+        found += [int(size)] * int(matched[1] or 1)
     return tuple(found)
 
 
-Sizes = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_sizes)]
+Sizes = Annotated[tuple[Annotated[int, Field(ge=1, le=_MAX_BYTES)], ...], BeforeValidator(_sizes)]
 """Bytes of one or more devices, typed with units; a settings file may hold plain bytes."""
 
 
@@ -331,9 +355,9 @@ class RowsSection(Section):
         (),
         "Columns that the rows name otherwise: prompt=question,completion=answer.",
         metavar="NAME=COLUMN",
-        need="NAME=COLUMN, separated by commas",
+        need=_COLUMNS_NEED,
     )
-    max_rows: int | None = setting(None, "Take only the first rows.", ge=1)
+    max_rows: int | None = setting(None, "Take only the first rows.", ge=1, le=_MAX_COUNT)
     validation_split: float = setting(0.0, "Share of the rows that is held out for validation.", ge=0, lt=1)
     validation_dataset: DatasetNames = setting(
         (),
@@ -346,7 +370,7 @@ class RowsSection(Section):
         "stop", "A row that can't be used: stop and say why, or write it to rejected.jsonl beside the blocks."
     )
     num_workers: int | None = setting(
-        None, "Processes that render and tokenize. Left out: one a core.", ge=1, decides_result=False
+        None, "Processes that render and tokenize. Left out: one a core.", ge=1, le=1024, decides_result=False
     )
 
     @property
@@ -372,7 +396,7 @@ class TokensSection(Section):
 
 class PreviewSection(Section):
     title = "This command"
-    preview: int = setting(0, "Show the first rows as they are trained.", ge=0, decides_result=False)
+    preview: int = setting(0, "Show the first rows as they are trained.", ge=0, le=_MAX_COUNT, decides_result=False)
     preview_ids: bool = setting(False, "Show their token ids too.", decides_result=False)
 
 
@@ -462,7 +486,11 @@ class TrainDataSection(Section):
 class LoraSection(Section):
     title = "LoRA"
     rank: int = setting(
-        16, "Rank of the LoRA matrices; 64 to 256 where there are more than about 100,000 rows.", short="-r", ge=1
+        16,
+        "Rank of the LoRA matrices; 64 to 256 where there are more than about 100,000 rows.",
+        short="-r",
+        ge=1,
+        le=65_536,
     )
     lora_alpha: float = setting(32.0, "LoRA scale: the update is multiplied by lora-alpha / rank.", gt=0, lt=1e6)
     lora_dropout: float = setting(0.0, "Dropout on the input of the LoRA matrices; small and slow to pay.", ge=0, lt=1)
@@ -522,14 +550,17 @@ class BatchSection(Section):
         need="a whole number from 1 to 65536, or auto",
         decides_result=False,
     )
-    gradient_accumulation_steps: int = setting(1, "Micro-steps in an optimizer step.", ge=1, decides_result=False)
+    gradient_accumulation_steps: int = setting(
+        1, "Micro-steps in an optimizer step.", ge=1, le=_MAX_BLOCKS, decides_result=False
+    )
     effective_batch_size: int | None = setting(
         None,
         "Blocks in an optimizer step of all devices together; sets the accumulation. LoRA learns best with 16 to 32.",
         ge=1,
+        le=_MAX_BLOCKS,
     )
     epochs: float = setting(1.0, "Passes over the blocks.", gt=0, le=1e4)
-    max_steps: int | None = setting(None, "Optimizer steps, instead of --epochs.", ge=1)
+    max_steps: int | None = setting(None, "Optimizer steps, instead of --epochs.", ge=1, le=_MAX_COUNT)
     extend: bool = setting(
         False,
         "Go on with a run that was made for fewer --epochs or --max-steps, with the blocks that come next; where its "
@@ -593,9 +624,11 @@ class ParallelSection(Section):
 
 class EvaluationSection(Section):
     title = "Evaluation"
-    eval_steps: int | None = setting(None, "Optimizer steps between losses over the held-out blocks.", ge=1)
+    eval_steps: int | None = setting(
+        None, "Optimizer steps between losses over the held-out blocks.", ge=1, le=_MAX_COUNT
+    )
     early_stopping_patience: int | None = setting(
-        None, "Evaluations without a lower loss after which the run ends.", ge=1
+        None, "Evaluations without a lower loss after which the run ends.", ge=1, le=_MAX_COUNT
     )
     load_best_model_at_end: bool = setting(
         False, "The adapter is that of the lowest held-out loss, instead of the last step's."
@@ -610,12 +643,16 @@ class EvaluationSection(Section):
 
 class SavingSection(Section):
     title = "Saving and logging"
-    save_steps: int = setting(100, "Optimizer steps between checkpoints.", ge=1, decides_result=False)
+    save_steps: int = setting(100, "Optimizer steps between checkpoints.", ge=1, le=_MAX_COUNT, decides_result=False)
     save_minutes: float | None = setting(
         None, "Also save when this many minutes have passed since the last.", gt=0, decides_result=False
     )
-    keep_checkpoints: int = setting(3, "Newest checkpoints that are kept, beside the best.", ge=1, decides_result=False)
-    logging_steps: int = setting(1, "Optimizer steps between lines in metrics.jsonl.", ge=1, decides_result=False)
+    keep_checkpoints: int = setting(
+        3, "Newest checkpoints that are kept, beside the best.", ge=1, le=_MAX_COUNT, decides_result=False
+    )
+    logging_steps: int = setting(
+        1, "Optimizer steps between lines in metrics.jsonl.", ge=1, le=_MAX_COUNT, decides_result=False
+    )
     track: Tracker | None = setting(
         None, "Send metrics to a tracker too, which must be installed.", decides_result=False
     )
@@ -638,8 +675,10 @@ class AttentionSection(Section):
     model: ModelName | None = setting(
         None, "Model: a folder or a hub id; only its config is read.", positional=True, metavar="MODEL"
     )
-    block_size: int | None = setting(None, "Tokens of a row. Left out: 2,048 on a GPU, 256 on a CPU.", ge=128)
-    batch_size: int = setting(1, "Rows at once.", ge=1)
+    block_size: int | None = setting(
+        None, "Tokens of a row. Left out: 2,048 on a GPU, 256 on a CPU.", ge=128, le=_MAX_TOKENS
+    )
+    batch_size: int = setting(1, "Rows at once.", ge=1, le=_MAX_AT_ONCE)
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = setting(
         "auto", "Number type. auto: bf16 where the GPU has it, fp16 on older GPUs, fp32 on the CPU."
     )
@@ -709,7 +748,7 @@ class PlannedBatchSection(Section):
     title = "Batch and length"
     block_size: Annotated[int, Field(ge=8, le=65_536)] | Literal["auto"] = setting(
         2048,
-        "Tokens in a block. auto: the most that fits.",
+        "Tokens in a block. auto: the most that fits, up to the model's own context.",
         metavar="N|auto",
         need="a whole number from 8 to 65536, or auto",
     )
@@ -719,7 +758,7 @@ class PlannedBatchSection(Section):
         metavar="N|auto",
         need="a whole number from 1 to 65536, or auto",
     )
-    gradient_accumulation_steps: int = setting(1, "Micro-steps in an optimizer step.", ge=1)
+    gradient_accumulation_steps: int = setting(1, "Micro-steps in an optimizer step.", ge=1, le=_MAX_BLOCKS)
     gradient_checkpointing: bool = setting(True, "Recompute activations in the backward pass.")
 
     @property
@@ -816,8 +855,8 @@ class ChatSection(Section):
     title = "Conversation"
     prompt: tuple[str, ...] = setting(
         (),
-        "Ask this and exit; may be given several times, each a conversation of its own. Left out: what is typed, or "
-        "each line of a pipe.",
+        "Ask this and exit; may be given several times, each a conversation of its own. Left out: one conversation, of "
+        "what is typed or of the lines of a pipe.",
         repeated=True,
     )
     system: str | None = setting(None, "System prompt. Left out: the chat template's own.")
@@ -825,10 +864,10 @@ class ChatSection(Section):
 
 class SamplingSection(Section):
     title = "Answers"
-    max_new_tokens: int = setting(256, "Longest answer, in tokens.", ge=1)
+    max_new_tokens: int = setting(256, "Longest answer, in tokens.", ge=1, le=_MAX_TOKENS)
     temperature: float = setting(0.0, "0: always the likeliest token. Higher: more variety.", ge=0)
     top_p: float = setting(1.0, "Sample from the likeliest tokens that reach this probability together.", gt=0, le=1)
-    top_k: int = setting(0, "Sample from this many of the likeliest tokens. 0: from all.", ge=0)
+    top_k: int = setting(0, "Sample from this many of the likeliest tokens. 0: from all.", ge=0, le=_MAX_TOKENS)
     seed: int = setting(0, "Seed of sampling: the same one answers the same.", ge=0, le=_MAX_SEED)
 
 
@@ -849,7 +888,7 @@ class EvaluationDataSection(Section):
         metavar="DATASET",
         decides_result=False,
     )
-    batch_size: int = setting(1, "Blocks computed at once.", ge=1)
+    batch_size: int = setting(1, "Blocks computed at once.", ge=1, le=_MAX_AT_ONCE)
 
 
 class EvaluationRowsSection(Section):
@@ -861,7 +900,7 @@ class EvaluationRowsSection(Section):
         (),
         "Columns that the rows name otherwise: prompt=question,completion=answer.",
         metavar="NAME=COLUMN",
-        need="NAME=COLUMN, separated by commas",
+        need=_COLUMNS_NEED,
     )
     template: Template = setting(
         "auto",
@@ -871,7 +910,7 @@ class EvaluationRowsSection(Section):
         need=_TEMPLATE_NEED,
     )
     block_size: int = setting(2048, "Tokens in a block; a longer row is split.", ge=8, le=65_536)
-    limit: int | None = setting(None, "Take only the first rows.", ge=1, metavar="N")
+    limit: int | None = setting(None, "Take only the first rows.", ge=1, le=_MAX_COUNT, metavar="N")
 
 
 class ExactMatchSection(Section):
@@ -886,8 +925,8 @@ class ExactMatchSection(Section):
         metavar="REGEX",
         need="a regular expression",
     )
-    max_new_tokens: int = setting(256, "Longest answer, in tokens.", ge=1)
-    rows_at_once: int = setting(8, "Rows answered at once.", ge=1)
+    max_new_tokens: int = setting(256, "Longest answer, in tokens.", ge=1, le=_MAX_TOKENS)
+    rows_at_once: int = setting(8, "Rows answered at once.", ge=1, le=_MAX_AT_ONCE)
 
 
 class DoctorSection(Section):
@@ -938,7 +977,7 @@ class Setting(NamedTuple):
         if self.choices and self.metavar != "|".join(self.choices):
             text += f" One of {', '.join(self.choices)}."
         default, known = self.field.default, [self._bounds] if self._bounds else []
-        if not (self.field.is_required() or default in (None, False, ())):
+        if not (self.field.is_required() or default is None or default is False or default == ()):
             shown = ",".join(default) if isinstance(default, tuple) else "on" if default is True else f"{default}"
             known.append(f"default: {shown.removesuffix('.0')}")
         return f"{text} ({', '.join(known)})" if known else text
@@ -1078,7 +1117,8 @@ def _near_choice(entry: Any, settings: Mapping[str, Setting]) -> str | None:
 
 
 def _number(bound: float) -> str:
-    return str(bound) if isinstance(bound, int) else f"{bound:g}".replace("e+0", "e")
+    short = f"{bound:g}".replace("e+0", "e")
+    return short if float(short) == bound else str(bound)
 
 
 def option_name(name: str) -> str:
@@ -1281,6 +1321,15 @@ class ChatConfig(StepConfig):
     model: AnyModelSection
     chat: ChatSection
     sampling: SamplingSection
+
+    @model_validator(mode="after")
+    def _options_that_need_others(self) -> Self:
+        sampling, usual = self.sampling, SamplingSection()
+        given = [name for name in ("top_p", "top_k") if getattr(sampling, name) != getattr(usual, name)]
+        if given and sampling.temperature == 0:
+            names = " and ".join(map(option_name, given))
+            raise ValueError(f"found {names} with --temperature 0, need a higher --temperature: 0 samples nothing")
+        return self
 
 
 class EvaluateConfig(StepConfig):

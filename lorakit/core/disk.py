@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorakit.core.errors import Busy, DiskFailed, Mismatch, disk_failed
+from lorakit.core.errors import Busy, DiskFailed, Mismatch, disk_failed, shown_bytes
 
 MANIFEST = "lorakit.json"
 """The file that makes a folder an artifact, see artifacts.py."""
@@ -265,6 +265,9 @@ def _process() -> dict[str, Any]:
 
 
 def _busy(path: Path, holder: str) -> Busy:
+    with contextlib.suppress(ValueError, TypeError, KeyError):  # another text is shown as it is
+        process = json.loads(holder)
+        holder = f"process {process['pid']} on {process['host']}"
     return Busy(
         f"{path}: found the output held by {holder}, need it free", "wait for that process, or choose another --output"
     )
@@ -339,7 +342,7 @@ def require_free_bytes(target: Path, needed_bytes: int) -> None:
     free_bytes = shutil.disk_usage(folder).free
     if free_bytes < needed_bytes:
         raise DiskFailed(
-            f"{target}: found {free_bytes / 2**30:.2f} GiB free, need {needed_bytes / 2**30:.2f} GiB "
+            f"{target}: found {shown_bytes(free_bytes)} free, need {shown_bytes(needed_bytes)} "
             f"({needed_bytes:,} bytes)",
             "free some space, or choose another folder with --output",
         )

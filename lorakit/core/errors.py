@@ -127,12 +127,20 @@ class Stopped(LorakitError):
     def early(cls, *, interrupted: bool) -> "Stopped":
         """Stopped before there is anything to save."""
         found = "Ctrl-C" if interrupted else "SIGTERM"
-        return cls(f"found {found}, need time", "run the same command again", interrupted=interrupted)
+        message = f"stopped by {found} before anything was written"
+        return cls(message, "run the same command again", interrupted=interrupted)
 
 
 def first_line(error: BaseException) -> str:
     """What an error of another library says, short enough for ours."""
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def shown_bytes(size_bytes: int) -> str:
+    """A size in the largest unit that it has one of."""
+    units = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
+    unit = next((unit for unit, size in units.items() if size_bytes >= size), "bytes")
+    return f"{size_bytes / units[unit]:.2f} {unit}" if unit in units else f"{size_bytes} {unit}"
 
 
 def differences(found: Mapping[str, object], wanted: Mapping[str, object]) -> list[str]:

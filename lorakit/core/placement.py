@@ -21,7 +21,15 @@ from typing import Any, Literal, NamedTuple
 
 from lorakit import __version__
 from lorakit.core.config import IN_8_BITS
-from lorakit.core.errors import EnvironmentUnusable, InputRefused, Mismatch, OutOfMemory, UsageError, differences
+from lorakit.core.errors import (
+    EnvironmentUnusable,
+    InputRefused,
+    Mismatch,
+    OutOfMemory,
+    UsageError,
+    differences,
+    shown_bytes,
+)
 from lorakit.core.memory import (
     CPU_PROCESS_BYTES,
     LOSS_TOKENS,
@@ -76,6 +84,14 @@ class Load:
     def share(self) -> float:
         """The part of its budget that is used."""
         return self.bytes.total / max(self.budget_bytes, 1)
+
+    @property
+    def used(self) -> str:
+        """How much of its budget is used, to be read."""
+        total, budget = self.bytes.total, self.budget_bytes
+        if min(total, budget) < 2**30:
+            return f"{shown_bytes(total)} of {shown_bytes(budget)}"
+        return f"{total / 2**30:.1f} of {budget / 2**30:.1f} GiB"
 
 
 @dataclass(frozen=True)
@@ -396,6 +412,7 @@ def plan_run(shape: Shape, work: Workload, free: Budgets, path: Path | None, par
     if path is None:
         return make_plan(shape, free, work, parallel)
     plan = read_plan(path)
+    _refuse_other_model(path, plan, shape)  # first: its devices and settings are another question then
     found = "split" if len(plan["devices"]) == 1 else plan["parallel"]
     if found != parallel:
         how = "--parallel split" if found == "split" else f"--parallel {found} --num-processes {len(plan['devices'])}"
@@ -481,9 +498,8 @@ def _is_whole(plan: Mapping[str, Any]) -> bool:
 
 def refuse_other_plan(path: Path, plan: Mapping[str, Any], shape: Shape, work: Workload) -> None:
     """Raises Mismatch with the differences where a plan was made for another model or other settings than a run's."""
-    wanted = {**{field: getattr(shape, field) for field in _SHAPE}, **_settings(work)}
-    changed = differences({**plan["shape"], **plan["settings"]}, wanted)
-    if changed:
+    _refuse_other_model(path, plan, shape)
+    if changed := differences(plan["settings"], _settings(work)):
         listed = "\n  ".join(changed)
         raise Mismatch(
             f"{path}: found a plan for another run, need one for these settings:\n  {listed}",
@@ -491,7 +507,16 @@ def refuse_other_plan(path: Path, plan: Mapping[str, Any], shape: Shape, work: W
         )
 
 
+def _refuse_other_model(path: Path, plan: Mapping[str, Any], shape: Shape) -> None:
+    if changed := differences(plan["shape"], {field: getattr(shape, field) for field in _SHAPE}):
+        listed = "\n  ".join(changed)
+        raise Mismatch(
+            f"{path}: found a plan for another model, need one for {shape.name}:\n  {listed}",
+            "run `lorakit plan-devices` with this model, or give --model the plan's",
+        )
+
+
 def _settings(work: Workload) -> dict[str, Any]:
     found = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(work).items()}
     accumulates = found.pop("accumulates")
-    return {**found, "gradient_accumulation_steps": "more than 1" if accumulates else "1"}
+    return {**found, "accumulates_gradients": accumulates}

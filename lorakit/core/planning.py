@@ -9,13 +9,14 @@ import json
 import shlex
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lorakit.core import disk
 from lorakit.core.config import IN_8_BITS, Engine, PlanDevicesConfig, option_name
 from lorakit.core.engines import lacking
 from lorakit.core.environment import free_gpu_bytes, free_ram_bytes
-from lorakit.core.errors import UsageError
+from lorakit.core.errors import InputRefused, UsageError
 from lorakit.core.events import Notice, Report
 from lorakit.core.memory import Workload, loss_tokens
 from lorakit.core.placement import Budgets, Parallel, Plan, corrected, make_plan, read_plan
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 _LONGEST_BLOCK = 65_536  # what `prepare` makes at most
 _BLOCK_STEP = 64
+_MOST_GIB = 4096  # that a larger GPU is asked for
 _QUANTIZATIONS: tuple[Literal["none", "int8", "fp8", "nf4"], ...] = ("none", "int8", "fp8", "nf4")
 
 
@@ -103,7 +105,8 @@ def plan_devices(config: PlanDevicesConfig, report: Report) -> Planned:
         return _choose(shape, budgets, work, config.devices.parallel, factor)
 
     if block == "auto":
-        step = _largest(lambda size: planned(replace(work, block_size=size * _BLOCK_STEP)).fits, _LONGEST_BLOCK // 64)
+        longest = min(_LONGEST_BLOCK, _context_tokens(base)) // _BLOCK_STEP
+        step = _largest(lambda size: planned(replace(work, block_size=size * _BLOCK_STEP)).fits, longest)
         work = replace(work, block_size=max(step, 1) * _BLOCK_STEP)
     if batch == "auto":
         work = replace(
@@ -116,13 +119,34 @@ def plan_devices(config: PlanDevicesConfig, report: Report) -> Planned:
     can_be_fast = lacks is None and config.model.engine != "standard"
     compared = tuple(_compare(shape, work, budgets, factor, can_be_fast=can_be_fast)) if config.plan.compare else ()
     if (output := config.plan.output) is not None:
-        if output.exists():
-            read_plan(output)  # nothing else is ever replaced
-        disk.make_folder(output.parent)
-        disk.write_file(output, (json.dumps(plan.as_json(), indent=1) + "\n").encode())
+        _write(plan, output, report)
     used = {load.device: load.budget_bytes for load in plan.loads}
     moved = plan.peak_bytes - make_plan(shape, used, work, plan.parallel).peak_bytes if probed else 0
     return Planned(plan, suggestions, compared, probed, moved)
+
+
+def _context_tokens(base: Mapping[str, Any]) -> int:
+    """The most tokens that a model was made for, as far as its config says."""
+    found = base.get("max_position_embeddings")
+    return found if type(found) is int and found >= _BLOCK_STEP else _LONGEST_BLOCK
+
+
+def _write(plan: Plan, output: Path, report: Report) -> None:
+    """Write a plan file; of what is there only another plan is ever replaced, and that is said. Raises InputRefused,
+    DiskFailed."""
+    content = plan.as_json()
+    if output.exists():
+        try:
+            before = read_plan(output)
+        except InputRefused:
+            raise InputRefused(
+                f"{output}: found something else than a plan of lorakit's, need a new name or a plan to replace",
+                "choose another --output",
+            ) from None
+        if before != json.loads(json.dumps(content)):
+            report(Notice(f"{output}: replaced the plan for {before.get('model')} that was there"))
+    disk.make_folder(output.parent)
+    disk.write_file(output, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def _engine(config: PlanDevicesConfig, lacks: str | None, *, on_cpu: bool) -> Engine:
@@ -157,7 +181,8 @@ def _require_engine(config: PlanDevicesConfig, plan: Plan) -> bool:
 
 
 def next_command(config: PlanDevicesConfig, plan: Plan) -> str:
-    """The command that trains as it was planned."""
+    """The command that trains as it was planned. Layers lie in CPU memory by a plan's file alone: where there is none,
+    that it has to be written first."""
     given, usual = config.flat(), PlanDevicesConfig.resolve((None, {"model": config.model.model})).flat()
     names = (
         *("dtype", "quantize", "engine", "attention", "rank", "lora_alpha", "lora_dropout", "target_modules"),
@@ -176,8 +201,11 @@ def next_command(config: PlanDevicesConfig, plan: Plan) -> str:
         options += ["--parallel", plan.parallel]
         options += ["--num-processes", str(len(computing))] if plan.parallel != "split" else []
     ids = built_in().get(config.model.model.lower(), {}).get("ids") or [config.model.model]
-    where = ["--blocks", "DIR", *(["--plan", str(config.plan.output)] if config.plan.output is not None else [])]
-    return shlex.join(["lorakit", "train", "--model", ids[0], *options, *where])
+    file = str(config.plan.output) if config.plan.output is not None else "plan.json" if plan.computed_on else None
+    where = ["--blocks", "DIR", *(["--plan", file] if file is not None else [])]
+    command = shlex.join(["lorakit", "train", "--model", ids[0], *options, *where])
+    unwritten = config.plan.output is None and file is not None
+    return f"add --output {file}, which train needs to offload layers, then `{command}`" if unwritten else command
 
 
 def find_shape(name: str, config: Mapping[str, Any], report: Report) -> Shape:
@@ -280,6 +308,14 @@ def _changes(plan: Plan, work: Workload, budgets: Budgets, parallel: Asked, fact
     if gpus and parallel != "ddp" and work.quantize != "fp8":
         more: Budgets = {**gpus, len(gpus): max(gpus.values()), **budgets}
         tried.append(("one more GPU", f"--gpus {_typed(more)}", again(work, budgets=more)))
+
+    def of_size(gib: int) -> Budgets:
+        return {**budgets, **dict.fromkeys(gpus or budgets, gib * 2**30)}
+
+    least = of_size(1 + _largest(lambda gib: not again(work, budgets=of_size(gib)).fits, _MOST_GIB))
+    amount = f"{max(least[device] for device in gpus or least) >> 30} GiB"
+    option = f"--gpus {_typed(least)}" if gpus else f"--cpu {amount.replace(' ', '')}"
+    tried.append((f"GPUs of {amount}" if gpus else f"{amount} of memory", option, again(work, budgets=least)))
     yield from (Suggestion(*change) for change in tried if change[2].fits)
 
 

@@ -4,6 +4,7 @@ Built-in shapes lie in data/shapes/*.json, a file a family, with the fields of e
 The layouts are those of transformers' LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM and Qwen3ForCausalLM.
 """
 
+import difflib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from lorakit.core.errors import InputRefused
+from lorakit.core.errors import HubFailed, InputRefused
 from lorakit.core.hub import config_folder
 from lorakit.core.untrusted import read_json_object
 
@@ -146,7 +147,12 @@ def config_of(name: str) -> dict[str, Any]:
         for short, config in built_in().items():
             if name.lower() in (short, *(hub_id.lower() for hub_id in config["ids"])):
                 return config
-    return read_json_object(config_folder(name) / "config.json", "a model folder has a config.json")
+    try:
+        folder = config_folder(name)
+    except (HubFailed, InputRefused) as error:
+        near = difflib.get_close_matches(name.lower(), built_in(), n=1)
+        raise type(error)(error.message, f"did you mean {near[0]}?" if near else error.hint) from None
+    return read_json_object(folder / "config.json", "a model folder has a config.json")
 
 
 def shape_of(name: str, config: Mapping[str, Any]) -> Shape:

@@ -10,6 +10,7 @@ import gc
 import json
 import math
 import os
+import re
 import signal
 import stat
 import sys
@@ -108,16 +109,27 @@ def read_json_object(path: Path, hint: str, max_bytes: int = MAX_SETTINGS_BYTES)
     return content
 
 
-def parse_yaml(raw: bytes) -> Any:
+def parse_yaml(raw: bytes, *, version_1_1: bool = False) -> Any:
     """The value in YAML's safe subset: UTF-8, each key once, no aliases, which a few lines make gigabytes of.
 
-    Raises ValueError with the reason.
+    Of what isn't in quotes, true and false, null, decimal numbers and numbers with a point are such; all else is text:
+    1:30, 010 and yes too, which are 90, 8 and true in YAML 1.1.
+
+    Raises ValueError with the reason, and the line where there is one.
     """
     try:
         with bounded(_YAML_SECONDS):
-            return yaml.load(raw.decode("utf-8-sig"), Loader=_Yaml)
-    except UnicodeDecodeError:
-        raise
+            return yaml.load(raw.decode("utf-8-sig"), Loader=_Yaml if version_1_1 else _PlainYaml)
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        raise ValueError(f"what isn't UTF-8 in line {line}") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        what = " ".join(f"{error.problem or error.context}".split())
+        raise ValueError(f"{what} in line {mark.line + 1}" if mark is not None else what) from None
+    except yaml.reader.ReaderError as error:
+        line = raw.decode("utf-8-sig")[: error.position].count("\n") + 1
+        raise ValueError(f"the character U+{error.character:04X} in line {line}") from None
     except (yaml.YAMLError, ValueError, TypeError, OverflowError) as error:  # a date like 2020-13-45, a key as a list
         raise ValueError(" ".join(str(error).split())) from None
     except (RecursionError, TakesTooLong):
@@ -192,11 +204,27 @@ class _Yaml(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
-        for key in [self.construct_object(key) for key, _ in node.value]:
+        for at, key in [(key.start_mark, self.construct_object(key)) for key, _ in node.value]:
             if repr(key) in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} twice", node.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} twice", at)
             seen.add(repr(key))
         return super().construct_mapping(node, deep)
+
+
+class _PlainYaml(_Yaml):
+    """Each of these is the same in YAML 1.1, so that what PyYAML writes without quotes comes back as it was."""
+
+
+_PlainYaml.yaml_implicit_resolvers = {}
+for _tag, _pattern, _first in (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("int", r"[-+]?(?:0|[1-9][0-9]{0,99})", "-+0123456789"),  # what is longer is no number that a setting takes
+    ("float", r"(?:[-+]?[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+][0-9]+)?", "-+.0123456789"),
+    ("float", r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)", "-+."),
+):
+    _PlainYaml.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})\Z"), list(_first))
+_PlainYaml.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value))  # decimal where it's tagged too
 
 
 _TOO_DEEP = f"nesting too deep, over {MAX_DEPTH}"

@@ -35,11 +35,11 @@ def models(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     }
 
 
-def endless(folder: Path) -> Path:
+def endless(folder: Path, context_tokens: int = 100_000) -> Path:
     """A model that never says one of the tokens that end an answer."""
     import safetensors.torch
 
-    make_llama(folder, max_position_embeddings=100_000)
+    make_llama(folder, max_position_embeddings=context_tokens)
     tensors = safetensors.torch.load((folder / "model.safetensors").read_bytes())
     tensors["lm_head.weight"][256:259] = 0
     (folder / "model.safetensors").write_bytes(safetensors.torch.save(tensors, metadata={"format": "pt"}))
@@ -72,6 +72,14 @@ def test_each_line_of_a_pipe_is_answered(cli: Cli, models: dict[str, Path], monk
     keys = {"model", "prompt", "answer", "answered_by", "prompt_tokens", "completion_tokens", "finish_reason"}
     assert set(found[0]) == keys
     assert found[0]["model"] == str(models["adapter"])
+
+
+def test_a_pipe_is_one_conversation(cli: Cli, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each line is asked after those before it and their answers, until /reset."""
+    typed(monkeypatch, "one\none\n/reset\none\n")
+    first, second, anew = turns(cli("chat", models["base"], "--max-new-tokens", 6, "--json"))
+    assert second["prompt_tokens"] > first["prompt_tokens"]
+    assert anew == first
 
 
 def test_prompts_are_conversations_of_their_own(
@@ -245,5 +253,19 @@ def test_a_termination_ends_an_answer_with_its_own_code(
     shell.type("hello\n")
     time.sleep(1)
     shell.process.send_signal(signal.SIGTERM)
-    shell.until("found SIGTERM")
+    shell.until("stopped by SIGTERM")
     assert shell.left() == (75, True)
+
+
+def test_an_answer_that_the_context_cuts_says_so(cli: Cli, tmp_path: Path) -> None:
+    ran = cli("chat", endless(tmp_path / "short", 100), "--prompt", "a", "--max-new-tokens", 100_000)
+    cut = [line for line in ran.err.splitlines() if line.startswith("(cut")]
+    assert len(cut) == 1
+    assert cut[0].endswith(" tokens; the model's context is full)")
+
+
+@pytest.mark.parametrize("option", [("--top-p", 0.5), ("--top-k", 3)])
+def test_what_only_sampling_uses_needs_a_temperature(cli: Cli, option: tuple[str, float]) -> None:
+    ran = cli("chat", "m", *option)
+    assert ran.code == 2
+    assert f"found {option[0]} with --temperature 0, need a higher --temperature" in ran.err

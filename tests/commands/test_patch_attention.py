@@ -82,6 +82,7 @@ def test_forced_to_math_the_command_fails_with_the_reason(cli: Cli, tiny_llama: 
         (["MODEL", "--revert", "MODEL"], 2, "found --revert beside a MODEL"),
         (["--revert", "MODEL", "--batch-size", "3"], 2, "found --revert beside a MODEL or other options"),
         (["MODEL", "--block-size", "1"], 2, "need a whole number ≥ 128"),
+        (["MODEL", "--implementation", "flash_attention_2", "--apply"], 11, "the package flash-attn isn't installed"),
         (["MODEL", "--implementation", "flex_attention", "--apply"], 3, "no GPU here"),
         (["--apply-to", "MODEL", "--implementation", "varlen"], 3, "transformers knows through lorakit only"),
         (["MODEL", "--apply-to", "nowhere"], 3, "nowhere: found no config.json, need one"),

@@ -349,3 +349,67 @@ def test_attention_that_keeps_scores_is_counted_with_either_engine(cli: Cli) -> 
     more = [taken["eager", engine] - taken["varlen", engine] for engine in ("fast", "standard")]
     assert more[0] == pytest.approx(more[1], rel=0.1)
     assert more[0] > 2**30
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_settings_in_json_have_types(cli: Cli, steps: int) -> None:
+    found = cli("plan-devices", "smollm2-135m", "--gpus", "8GiB", "--gradient-accumulation-steps", steps, "--json")
+    assert found.json["settings"]["accumulates_gradients"] is (steps > 1)
+    assert "gradient_accumulation_steps" not in found.json["settings"]
+
+
+def test_offloading_hints_at_the_file_without_which_train_does_not_offload(cli: Cli) -> None:
+    """Only --plan makes train offload: the next command has it, written already or not."""
+    hint = cli("plan-devices", *OFFLOAD).err
+    assert "add --output plan.json" in hint
+    assert "--blocks DIR --plan plan.json" in hint
+    written = cli("plan-devices", *OFFLOAD, "--output", "mine.json").err.splitlines()[-1]
+    assert written.startswith("hint: lorakit train ")
+    assert written.endswith(f"--plan {Path('mine.json').absolute()}")
+    without = cli("plan-devices", "llama-7b", "--gpus", "24GiB", "--cpu", "64GiB").err
+    assert "plan.json" not in without, "nothing is offloaded where all of it fits"
+
+
+def test_the_longest_block_is_the_models_context(cli: Cli) -> None:
+    """Llama 2 was made for 4,096 tokens; of an 80 GB card more would fit."""
+    found = cli("plan-devices", "llama-2-7b", "--gpus", "80GiB", "--block-size", "auto", "--json").json
+    assert found["settings"]["block_size"] == 4096
+    small = cli("plan-devices", "llama-2-7b", "--gpus", "15GiB", "--block-size", "auto", "--json").json
+    assert small["settings"]["block_size"] < 4096
+
+
+@pytest.mark.parametrize(
+    ("given", "option"),
+    [
+        (("--gpus", "1x2GiB"), "--gpus 1x15GiB"),
+        (("--gpus", "2x3GiB"), "--gpus 2x9GiB"),
+        (("--cpu", "2GiB"), "--cpu 28GiB"),
+    ],
+)
+def test_the_least_memory_that_does_is_named(cli: Cli, given: tuple[str, str], option: str) -> None:
+    """Whatever else is lacking: with a GiB less it doesn't fit."""
+    ran = cli("plan-devices", "llama-7b", *given)
+    assert ran.code == 9
+    assert f"With {option} it would" in ran.out
+    name, size = option.split()
+    assert cli("plan-devices", "llama-7b", name, size).code == 0
+    less = re.sub(r"\d+GiB", lambda found: f"{int(found[0][:-3]) - 1}GiB", size)
+    assert cli("plan-devices", "llama-7b", name, less).code == 9
+
+
+def test_only_another_plan_is_replaced_and_that_is_said(cli: Cli, tmp_path: Path) -> None:
+    given = ("--gpus", "24GiB", "--output", tmp_path / "plan.json")
+    assert "replaced" not in cli("plan-devices", "llama-7b", *given).err
+    assert "replaced" not in cli("plan-devices", "llama-7b", *given).err, "the same plan again"
+    assert f"{tmp_path / 'plan.json'}: replaced the plan for llama-7b" in cli("plan-devices", "llama-2-7b", *given).err
+    (tmp_path / "plan.json").write_text("{}")
+    ran = cli("plan-devices", "llama-7b", *given)
+    assert ran.code == 3
+    assert "found something else than a plan of lorakit's" in ran.err
+    assert (tmp_path / "plan.json").read_text() == "{}"
+
+
+def test_small_models_have_small_units(cli: Cli, tiny_llama: Path) -> None:
+    ran = cli("plan-devices", tiny_llama, "--cpu", "700MiB", "--block-size", 64)
+    assert re.search(r": 0\.\d\d M parameters", ran.out)
+    assert re.search(r"cpu needs \d+\.\d\d MiB of 700\.00 MiB", ran.out)

@@ -240,3 +240,13 @@ def test_half_an_environment_is_unusable(cli: Cli, training: Training, monkeypat
     assert ran.code == 11
     assert "found WORLD_SIZE=2 in the environment, need RANK, LOCAL_RANK" in ran.err
     assert "env -u WORLD_SIZE" in ran.err
+
+
+def test_an_attention_whose_package_is_lacking_is_the_environments_fault(
+    cli: Cli, tiny_llama: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    given = ("--block-size", 128, "--attention", "flash_attention_2", "--output", tmp_path / "run")
+    ran = cli("train", "--model", tiny_llama, "--dataset", rows_file, *given)
+    assert ran.code == 11
+    assert "--attention flash_attention_2: found that the package flash-attn isn't installed, need it" in ran.err
+    assert "hint: install it, or --attention auto" in ran.err

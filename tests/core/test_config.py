@@ -1,5 +1,6 @@
 """Settings: one list of all problems with their origins, one precedence, and a file that is accepted back."""
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from lorakit.core.config import (
     option_name,
 )
 from lorakit.core.errors import UsageError
+from lorakit.core.untrusted import parse_yaml
 from lorakit.options import read_settings
 
 NEEDED: Mapping[type[StepConfig], dict[str, object]] = {
@@ -33,7 +35,7 @@ NEEDED: Mapping[type[StepConfig], dict[str, object]] = {
     TrainConfig: {"model": "owner/name", "blocks": "/d/blocks"},
     PatchAttentionConfig: {"model": "owner/name"},
     MergeConfig: {"adapter": "owner/adapter"},
-    ChatConfig: {"model": "owner/name"},
+    ChatConfig: {"model": "owner/name", "temperature": 0.7},
     EvaluateConfig: {"model": "owner/name", "dataset": "/d/rows.jsonl", "exact_match": True},
     DemoConfig: {},
     DoctorConfig: {},
@@ -104,7 +106,7 @@ def test_all_problems_are_told_at_once_each_with_its_origin() -> None:
     assert error.message.splitlines() == [
         "run.yaml: found the unknown key 'rnk', need one of this command's settings",
         "--pack: found 'tight', need one of best-fit, concat, none",
-        "run.yaml: rank: found 0, need a whole number ≥ 1",
+        "run.yaml: rank: found 0, need a whole number ≥ 1 and ≤ 65536",
         "run.yaml: learning_rate: found 'fast', need a number > 0 and ≤ 1000",
         "--warmup-ratio: found '1', need a number ≥ 0 and < 1",
     ]
@@ -134,7 +136,7 @@ def test_a_problem_is_told_of_the_setting_that_has_it(config_class: type[StepCon
 
 def test_an_option_that_wins_over_the_file_is_the_origin() -> None:
     error = refused(TrainConfig, ("run.yaml", {**NEEDED[TrainConfig], "rank": 8}), (None, {"rank": "-1"}))
-    assert error.message == "--rank: found '-1', need a whole number ≥ 1"
+    assert error.message == "--rank: found '-1', need a whole number ≥ 1 and ≤ 65536"
 
 
 @pytest.mark.parametrize(
@@ -192,7 +194,11 @@ def test_sizes_of_devices_are_bytes(typed: object, sizes: list[int]) -> None:
 
 
 @pytest.mark.parametrize(
-    "typed", ["24", "0GiB", "-24GiB", "0x24GiB", "24 gigs", "8x", "24GiB,", ",", "24GiB 48GiB", [0], [-5], "0.0GiB", 24]
+    "typed",
+    [
+        *("24", "0GiB", "-24GiB", "0x24GiB", "24 gigs", "8x", "24GiB,", ",", "24GiB 48GiB", [0], [-5], "0.0GiB", 24),
+        *("9" * 400 + "GiB", [2**60 + 1]),
+    ],
 )
 def test_what_isnt_a_size_with_its_unit_is_refused(typed: object) -> None:
     error = refused(PlanDevicesConfig, (None, {"model": "m", "gpus": typed}))
@@ -226,20 +232,20 @@ def test_nan_and_infinity_are_no_settings(config_class: type[StepConfig], value:
 
 BOUNDS: list[tuple[type[StepConfig], str, list[object], list[object]]] = [
     (PrepareConfig, "block_size", [8, 65536], [7, 65537]),
-    (PrepareConfig, "max_rows", [1], [0, -1]),
+    (PrepareConfig, "max_rows", [1, 10**9], [0, -1, 10**9 + 1]),
     (PrepareConfig, "validation_split", [0, 0.99], [-0.01, 1]),
-    (PrepareConfig, "num_workers", [1], [0]),
-    (PrepareConfig, "preview", [0, 3], [-1]),
+    (PrepareConfig, "num_workers", [1, 1024], [0, 1025]),
+    (PrepareConfig, "preview", [0, 3, 10**9], [-1, 10**9 + 1]),
     (PrepareConfig, "seed", [0, 2**63 - 1], [-1, 2**64]),
-    (PlanDevicesConfig, "rank", [1], [0, -1]),
+    (PlanDevicesConfig, "rank", [1, 65536], [0, -1, 65537]),
     (PlanDevicesConfig, "lora_alpha", [1e-9, 999999], [0, -1, 1e6]),
     (PlanDevicesConfig, "lora_dropout", [0, 0.99], [-0.01, 1]),
     (PlanDevicesConfig, "block_size", [8, 65536, "auto"], [7, 65537, "most"]),
     (PlanDevicesConfig, "batch_size", [1, "auto"], [0, -1, 1.5]),
-    (PlanDevicesConfig, "gradient_accumulation_steps", [1], [0]),
-    (TrainConfig, "eval_steps", [1], [0]),
+    (PlanDevicesConfig, "gradient_accumulation_steps", [1, 2**20], [0, 2**20 + 1]),
+    (TrainConfig, "eval_steps", [1, 10**9], [0, 10**9 + 1]),
     (TrainConfig, "save_minutes", [0.1], [0]),
-    (TrainConfig, "rank", [1], [0, -1]),
+    (TrainConfig, "rank", [1, 65536], [0, -1, 65537]),
     (TrainConfig, "lora_alpha", [1e-9, 999999], [0, -1, 1e6]),
     (TrainConfig, "lora_dropout", [0, 0.99], [-0.01, 1]),
     (TrainConfig, "learning_rate", [1e-12, 1000], [0, -1e-4, 1001]),
@@ -247,26 +253,26 @@ BOUNDS: list[tuple[type[StepConfig], str, list[object], list[object]]] = [
     (TrainConfig, "weight_decay", [0, 1000], [-0.01, 1001]),
     (TrainConfig, "max_grad_norm", [1e-9], [0]),
     (TrainConfig, "batch_size", [1], [0]),
-    (TrainConfig, "gradient_accumulation_steps", [1], [0]),
-    (TrainConfig, "effective_batch_size", [1], [0]),
+    (TrainConfig, "gradient_accumulation_steps", [1, 2**20], [0, 2**20 + 1]),
+    (TrainConfig, "effective_batch_size", [1, 2**20], [0, 10**23]),
     (TrainConfig, "epochs", [0.01, 10_000], [0, 10_001, 1e308]),
-    (TrainConfig, "max_steps", [1], [0]),
+    (TrainConfig, "max_steps", [1, 10**9], [0, 10**9 + 1]),
     (TrainConfig, "seed", [0, 2**63 - 1], [-1, 2**64]),
-    (TrainConfig, "save_steps", [1], [0]),
-    (TrainConfig, "keep_checkpoints", [1], [0]),
-    (TrainConfig, "logging_steps", [1], [0]),
-    (ChatConfig, "max_new_tokens", [1], [0]),
+    (TrainConfig, "save_steps", [1, 10**9], [0, 10**9 + 1]),
+    (TrainConfig, "keep_checkpoints", [1, 10**9], [0, 10**9 + 1]),
+    (TrainConfig, "logging_steps", [1, 10**9], [0, 10**9 + 1]),
+    (ChatConfig, "max_new_tokens", [1, 2**20], [0, 2**20 + 1]),
     (ChatConfig, "temperature", [0], [-0.1]),
-    (PatchAttentionConfig, "block_size", [128], [127]),
-    (PatchAttentionConfig, "batch_size", [1], [0]),
+    (PatchAttentionConfig, "block_size", [128, 2**20], [127, 2**20 + 1]),
+    (PatchAttentionConfig, "batch_size", [1, 65536], [0, 65537]),
     (ChatConfig, "top_p", [0.01, 1], [0, 1.01]),
     (ChatConfig, "seed", [0, 2**63 - 1], [-1, 2**64]),
-    (EvaluateConfig, "batch_size", [1], [0]),
+    (EvaluateConfig, "batch_size", [1, 65536], [0, 65537]),
     (EvaluateConfig, "block_size", [8, 65_536], [7, 65_537]),
-    (EvaluateConfig, "limit", [1], [0]),
-    (EvaluateConfig, "max_new_tokens", [1], [0]),
-    (EvaluateConfig, "rows_at_once", [1], [0]),
-    (ChatConfig, "top_k", [0, 50], [-1]),
+    (EvaluateConfig, "limit", [1, 10**9], [0, 10**9 + 1]),
+    (EvaluateConfig, "max_new_tokens", [1, 2**20], [0, 2**20 + 1]),
+    (EvaluateConfig, "rows_at_once", [1, 65536], [0, 65537]),
+    (ChatConfig, "top_k", [0, 50, 2**20], [-1, 2**20 + 1]),
     (DemoConfig, "epochs", [0.01, 10_000], [0, 10_001]),
 ]
 
@@ -300,7 +306,7 @@ def test_every_number_has_its_bounds_tried() -> None:
     ("name", "beside", "inside", "outside"),
     [
         ("int8_threshold", {"quantize": "int8"}, [0, 6], [-0.1]),
-        ("early_stopping_patience", {"eval_steps": 1}, [1], [0]),
+        ("early_stopping_patience", {"eval_steps": 1}, [1, 10**9], [0, 10**9 + 1]),
         ("num_processes", {"parallel": "ddp"}, [1, 1024], [0, 1025]),
         ("num_machines", {"parallel": "ddp", "rendezvous": "host:29500"}, [2, 1024], [0, 1025]),
     ],
@@ -318,12 +324,40 @@ def test_bounds_hold_beside_what_a_setting_needs(
 @pytest.mark.parametrize("value", [2.5, "2.5", "two", "", None, [2], {"a": 1}])
 def test_what_isnt_a_whole_number_is_refused_where_one_is_needed(value: object) -> None:
     assert refused_train("run.yaml", rank=value).message == (
-        f"run.yaml: rank: found {value!r}, need a whole number ≥ 1"
+        f"run.yaml: rank: found {value!r}, need a whole number ≥ 1 and ≤ 65536"
     )
 
 
 def test_a_number_too_long_to_read_is_refused() -> None:
     assert "--rank: found " in refused_train(None, rank="9" * 5000).message
+
+
+@by_name
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("0x" + "F" * 5000, "9" * 5000, "[" + "9" * 5000 + "]", "!!int 0x" + "F" * 5000, "1.0e+400", "9" * 400),
+        *("[[]]", "{a: {}}", "[a, 1]", "{1: 2}", "~", "[~]", "!!set {a}", "!!binary aaaa", "2020-01-01"),
+    ],
+)
+def test_whatever_a_settings_file_holds_is_a_setting_or_a_usage_error(
+    config_class: type[StepConfig], text: str
+) -> None:
+    for name in config_class.settings():
+        try:
+            value = parse_yaml(f"{name}: {text}\n".encode())[name]
+        except ValueError:  # where it isn't even YAML
+            continue
+        with contextlib.suppress(UsageError):
+            config_class.resolve((None, NEEDED[config_class]), ("run.yaml", {name: value})).flat()
+
+
+@pytest.mark.parametrize("value", [{"completion": True}, {"completion": None}, {1: "x"}, {"completion": ["x"]}])
+def test_columns_of_a_settings_file_are_text(value: object) -> None:
+    error = refused(PrepareConfig, (None, NEEDED[PrepareConfig]), ("run.yaml", {"columns": value}))
+    assert error.message == (
+        f"run.yaml: columns: found {value!r}, need NAME=COLUMN, separated by commas, both text: prompt=question,completion=answer"
+    )
 
 
 @pytest.mark.parametrize("value", ["", " , ", [], (), [3], "q_proj,"])
@@ -392,7 +426,10 @@ def test_columns_are_pairs(tmp_path: Path) -> None:
     assert PrepareConfig.resolve((None, NEEDED[PrepareConfig]), mapping) == config
     for value in ("prompt", "prompt=", "=question", "prompt:question"):
         error = refused(PrepareConfig, (None, NEEDED[PrepareConfig]), (None, {"columns": value}))
-        assert error.message == f"--columns: found {value!r}, need NAME=COLUMN, separated by commas"
+        assert (
+            error.message
+            == f"--columns: found {value!r}, need NAME=COLUMN, separated by commas, both text: prompt=question,completion=answer"
+        )
 
 
 def test_the_templates_that_are_named_are_those_that_there_are() -> None:
@@ -565,7 +602,13 @@ def test_layers_are_numbers_and_ranges(value: object, layers: list[int]) -> None
     assert train(layers_to_transform=value).flat()["layers_to_transform"] == layers
 
 
-@pytest.mark.parametrize("value", ["a", "0,-1", "1-", "-3", "5-4", "0-999999999999", "1.5", 2, True])
+@pytest.mark.parametrize(
+    "value",
+    [
+        *("a", "0,-1", "1-", "-3", "5-4", "0-999999999999", "1.5", 2, True, "10000", "0-99999999999999999999"),
+        *([[]], ["a", 1], [1.5], [{}]),
+    ],
+)
 def test_what_are_no_layers_is_refused(value: object) -> None:
     error = refused_train("run.yaml", layers_to_transform=value)
     assert error.message == f"run.yaml: layers_to_transform: found {value!r}, need numbers of layers: 0,4-7"
@@ -662,12 +705,12 @@ values_of_train = st.fixed_dictionaries(
     {"model": words.filter(lambda name: name and not name.startswith("~"))},
     optional={
         "dtype": st.sampled_from(["auto", "bf16", "fp16", "fp32"]),
-        "rank": st.integers(1, 10**9),
+        "rank": st.integers(1, 65_536),
         "lora_alpha": st.floats(min_value=0, max_value=1e6, exclude_min=True, exclude_max=True),
         "lora_dropout": share,
         "target_modules": st.lists(words.filter(is_name), min_size=1, max_size=4).map(tuple)
         | st.sampled_from([(r".*\.q_proj",), (r"(a|b),{2,3}",)]),
-        "layers_to_transform": st.sets(st.integers(0, 10**6), max_size=4).map(sorted).map(tuple),
+        "layers_to_transform": st.sets(st.integers(0, 9_999), max_size=4).map(sorted).map(tuple),
         "modules_to_save": st.lists(words.filter(bool), max_size=3).map(tuple),
         "add_tokens": st.lists(words.filter(bool), max_size=3).map(tuple),
         "use_rslora": st.booleans(),
@@ -683,7 +726,7 @@ values_of_train = st.fixed_dictionaries(
         "warmup_ratio": share,
         "weight_decay": st.floats(min_value=0, max_value=1e3),
         "epochs": st.floats(min_value=0, max_value=1e4, exclude_min=True),
-        "max_steps": st.none() | st.integers(1, 10**12),
+        "max_steps": st.none() | st.integers(1, 10**9),
         "gradient_checkpointing": st.booleans(),
         "seed": st.integers(0, 2**63 - 1),
         "save_steps": st.integers(1, 10**6),
@@ -758,19 +801,23 @@ def test_every_setting_has_a_name_of_its_own(config_class: type[StepConfig]) -> 
 @pytest.mark.parametrize(
     ("name", "shown"),
     [
-        ("rank", "(≥ 1, default: 16)"),
+        ("rank", "(≥ 1 and ≤ 65536, default: 16)"),
         (
             "optimizer",
             "One of adamw, adamw_8bit, paged_adamw, paged_adamw_8bit, lion, lion_8bit, paged_lion, "
             "paged_lion_8bit, sgd. (default: adamw)",
         ),
         ("warmup_ratio", "(≥ 0 and < 1, default: 0.03)"),
-        ("max_steps", "(≥ 1)"),
+        ("max_steps", "(≥ 1 and ≤ 1e9)"),
         ("lora_alpha", "(> 0 and < 1e6, default: 32)"),
         ("learning_rate", "(> 0 and ≤ 1000, default: 0.0002)"),
         ("gradient_checkpointing", "(default: on)"),
         ("target_modules", "(default: all-linear)"),
         ("dtype", "(default: auto)"),
+        ("lora_dropout", "(≥ 0 and < 1, default: 0)"),
+        ("weight_decay", "(≥ 0 and ≤ 1000, default: 0)"),
+        ("validation_split", "(≥ 0 and < 1, default: 0)"),
+        ("seed", "(≥ 0 and ≤ 9223372036854775807, default: 0)"),
     ],
 )
 def test_help_shows_the_default_as_it_is_typed(name: str, shown: str) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lorakit.core import errors
-from lorakit.core.errors import ExitCode, LorakitError, Stopped, differences, disk_failed
+from lorakit.core.errors import ExitCode, LorakitError, Stopped, differences, disk_failed, shown_bytes
 from tests.conftest import Ran
 
 KINDS = [
@@ -93,6 +93,14 @@ def test_a_failure_without_a_file_name_names_the_path_that_was_worked_on() -> No
     assert "unexplained" in disk_failed(OSError("unexplained"), Path("/elsewhere")).message
 
 
+@pytest.mark.parametrize(
+    ("size", "shown"),
+    [(0, "0 bytes"), (1023, "1023 bytes"), (1536, "1.50 KiB"), (3 * 2**20, "3.00 MiB"), (2**40, "1024.00 GiB")],
+)
+def test_a_size_has_a_unit_that_it_fills(size: int, shown: str) -> None:
+    assert shown_bytes(size) == shown
+
+
 # As the user sees them
 
 _KINDS = {kind.exit_code: kind for kind in KINDS}
@@ -108,7 +116,12 @@ def failures() -> Iterator[tuple[ExitCode, BaseException, str, str]]:
     full = OSError(errno.ENOSPC, "No space left on device", "/there/file")
     yield ExitCode.DISK, full, "/there/file: found 'No space left on device'", "free some space"
     yield ExitCode.OUT_OF_MEMORY, MemoryError("too much"), "found too much, need more memory", "close other programs"
-    yield ExitCode.INTERRUPTED, KeyboardInterrupt(), "found Ctrl-C, need time", "run the same command again"
+    yield (
+        ExitCode.INTERRUPTED,
+        KeyboardInterrupt(),
+        "stopped by Ctrl-C before anything was written",
+        "run the same command again",
+    )
 
 
 FAILURES = list(failures())

@@ -467,7 +467,7 @@ def test_a_launcher_that_waits_for_machines_says_nothing_more_and_is_stopped_by_
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=10)
-    assert (process.returncode, out, err) == (75, "", "error: found SIGTERM, need time\n")
+    assert (process.returncode, out, err) == (75, "", "error: stopped by SIGTERM before anything was written\n")
 
 
 def test_machines_that_dont_meet_are_an_error(monkeypatch: pytest.MonkeyPatch, rendezvous: str) -> None:

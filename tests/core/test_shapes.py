@@ -282,3 +282,18 @@ def test_a_tied_head_gets_no_lora() -> None:
 
 def test_a_tie_that_is_text_is_none() -> None:
     assert not shape_of("m", {**config_of("llama-7b"), "tie_word_embeddings": "false"}).tied
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("lama-65b", "llama-65b"), ("Llama65b", "llama-65b"), ("mistral-7b", "mistral-7b-v0.3")]
+)
+def test_a_name_that_nearly_is_one_is_asked_for(typed: str, meant: str) -> None:
+    with pytest.raises(HubFailed) as caught:
+        config_of(typed)
+    assert caught.value.hint == f"did you mean {meant}?"
+
+
+def test_a_name_that_is_near_to_none_has_the_hubs_hint() -> None:
+    with pytest.raises(HubFailed) as caught:
+        config_of("something/else-entirely")
+    assert "did you mean" not in caught.value.hint

@@ -5,6 +5,7 @@ Where each comes from stands beside it: a CVE, an issue of another project, or w
 
 import itertools
 import json
+import math
 import os
 import signal
 import subprocess
@@ -16,6 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lorakit.core import adapters, artifacts, blocks, untrusted, weights
 from lorakit.core.errors import InputRefused, LorakitError
@@ -75,7 +79,7 @@ def test_a_file_without_end_is_refused(tmp_path: Path) -> None:
         "a: !!python/object/new:os.system ['touch canary']\n",  # CVE-2020-14343: FullLoader
         "a: 1\na: 2\n",
         "[" * 5000,
-        "a: 2020-13-45\n",
+        "a: !!timestamp 2020-13-45\n",
         "? [x]\n: y\n",
     ],
 )
@@ -83,6 +87,42 @@ def test_yaml_that_is_more_than_settings_is_refused(text: str, tmp_path: Path) -
     with pytest.raises(ValueError, match=r"\w"):
         parse_yaml(text.encode())
     assert not (tmp_path / "canary").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        *(("1:30", "1:30"), ("010", "010"), ("0x10", "0x10"), ("yes", "yes"), ("no", "no"), ("On", "On")),
+        *(("2020-01-01", "2020-01-01"), ("<<", "<<"), ("=", "="), ("9" * 101, "9" * 101), ("1e5", "1e5")),
+        *(("true", True), ("False", False), ("~", None), ("", None), ("null", None), ("-0", 0), ("12", 12)),
+        *(("1.5", 1.5), (".5", 0.5), ("1.0e-3", 0.001), ("-.inf", -math.inf), ("'12'", "12")),
+    ],
+)
+def test_what_is_no_plain_number_or_boolean_is_text(text: str, value: object) -> None:
+    found = parse_yaml(f"a: {text}\n".encode())["a"]
+    assert (found, type(found)) == (value, type(value))
+
+
+@given(st.one_of(st.text(max_size=12), st.from_regex(r"[-+]?[0-9.:_eExo~+-]{1,8}", fullmatch=True)))
+def test_text_that_was_written_comes_back_as_text(text: str) -> None:
+    assert parse_yaml(yaml.safe_dump({"a": text}).encode()) == {"a": text}
+
+
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        (b"rank: 1\nseed: 2\nalpha: 3\nrank: 4\n", "the key 'rank' twice in line 4"),
+        (b"a: 1\nb: [8\n", "in line 3"),
+        (b"a: 1\nb: \xff\n", "what isn't UTF-8 in line 2"),
+        (b"a: 1\nb: 8\x00\n", "the character U+0000 in line 2"),
+        (b"a: 1\nb: *x\n", "an alias in line 2"),
+    ],
+)
+def test_the_line_of_what_is_wrong_is_said(raw: bytes, words: str) -> None:
+    with pytest.raises(ValueError, match=r"\w") as caught:
+        parse_yaml(raw)
+    assert words in str(caught.value)
+    assert "unicode string" not in str(caught.value)
 
 
 # Templates

@@ -25,6 +25,7 @@ from lorakit.core.attention.implementations import (
     Shape,
     guard,
     lacking,
+    lacking_package,
     register,
     set_implementation,
     shape_of,
@@ -73,9 +74,10 @@ def check(config: PatchAttentionConfig, report: Report) -> Checked:
     """Prove every implementation for a model's attention, and apply one where that is asked for.
 
     Raises InputRefused (no such model, an attention that isn't covered, an implementation that isn't right here),
-    HubFailed, DiskFailed.
+    EnvironmentUnusable (its package isn't installed), HubFailed, DiskFailed.
     """
     asked, applying = config.attention, config.applying
+    _require_package(applying.implementation, "--implementation")
     device = pick_device()
     dtype = pick_dtype(config.attention.dtype, device)
     on_gpu = device.type == "cuda"
@@ -134,14 +136,19 @@ def _right(name: str, proof: Proof) -> str:
     return name
 
 
+def _require_package(name: str, option: str) -> None:
+    if (missing := lacking_package(name)) is not None:
+        raise EnvironmentUnusable(f"{option} {name}: found that {missing}, need it", f"install it, or {option} auto")
+
+
 def resolve(name: str, config: Any, dtype: torch.dtype, device: torch.device, report: Report) -> str:
     """The implementation for training a model (of its transformers config) on packed blocks; `name` may be auto.
 
     auto is what was measured on this machine with these versions, else the first of IMPLEMENTATIONS that a small proof
     finds right; one that is named is proven too. A model whose attention can't be proven gets sdpa, or what is named
     of sdpa and eager, and that is said.
-    Raises InputRefused where the model or device can't have the one that is named, EnvironmentUnusable where none is
-    right.
+    Raises InputRefused where the model or device can't have the one that is named, EnvironmentUnusable where its
+    package isn't installed or none is right.
     """
     register()
     if name not in ("auto", *IMPLEMENTATIONS):
@@ -156,6 +163,7 @@ def resolve(name: str, config: Any, dtype: torch.dtype, device: torch.device, re
         return "sdpa" if name == "auto" else name
     if name == "auto" and (chosen := read_choice(shape, dtype, device)) is not None:
         return chosen
+    _require_package(name, "--attention")
     if name != "auto" and (reason := lacking(name, shape, dtype, device)) is not None:
         raise InputRefused(f"attention {name}: found that {reason}, need another", "choose --attention auto")
     wrong: list[Row] = []

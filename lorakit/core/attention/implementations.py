@@ -144,16 +144,23 @@ def lacking(name: str, shape: Shape, dtype: torch.dtype, device: torch.device) -
         return "no GPU here, and on a CPU it has no backward pass"
     if name == "flex_attention" and dtype not in _SIXTEEN_BITS:
         return "compiling it for fp32 takes minutes (over 100 s on an H100); it serves bf16 and fp16"
-    if name.startswith("flash_attention"):
-        there = is_flash_attn_2_available() if name.endswith("2") else is_flash_attn_3_available()
-        if not there:
-            return "the package flash-attn isn't installed" if name.endswith("2") else "flash-attn-3 isn't installed"
+    if (missing := lacking_package(name)) is not None:
+        return missing
     if name in BY_LENGTHS and on_gpu and dtype not in _SIXTEEN_BITS:
         return "flash kernels compute in bf16 and fp16 only"
     if name in BY_LENGTHS and on_gpu and shape.head_dim > _WIDEST_FLASH_HEAD:
         return f"heads are {shape.head_dim} wide, and flash kernels take {_WIDEST_FLASH_HEAD} at most"
     if name == "varlen" and on_gpu and torch.cuda.get_device_capability(device) < (8, 0):
         return "flash kernels need a GPU of compute capability 8.0 (Ampere) or newer"
+    return None
+
+
+def lacking_package(name: str) -> str | None:
+    """That an implementation's package isn't installed; None where it is, or none is needed."""
+    if name == "flash_attention_2" and not is_flash_attn_2_available():
+        return "the package flash-attn isn't installed"
+    if name == "flash_attention_3" and not is_flash_attn_3_available():
+        return "the package flash-attn-3 isn't installed"
     return None
 
 

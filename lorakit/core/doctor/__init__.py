@@ -133,7 +133,7 @@ class Diagnosis:
         if failed:
             name, found = failed[0]
             error = found.as_error(name)
-            more = f"; and {', '.join(name for name, _ in failed[1:])}" if len(failed) > 1 else ""
+            more = f" ({', '.join(name for name, _ in failed[1:])} failed too)" if len(failed) > 1 else ""
             raise EnvironmentUnusable(f"{error.message}{more}", error.hint)
 
 
@@ -187,9 +187,13 @@ def _need_of_plan(plan: Mapping[str, Any], path: Path) -> Need:
     try:
         sizes = {str(load["name"]): int(load["peak_bytes"]) for load in loads}
         lora = [int(load["bytes"]["lora"]) + int(load["bytes"]["optimizer"]) for load in loads]
-    except (KeyError, TypeError, ValueError):
+        if not all(0 <= size < _MOST_BYTES for size in (*sizes.values(), *lora)):
+            raise ValueError("no sizes")
+        if not all(isinstance(settings.get(name, ""), str) for name in ("quantize", "optimizer")):
+            raise ValueError("no settings of a run")
+    except (KeyError, TypeError, ValueError, OverflowError):  # the last of Infinity as a whole number
         hint = "`lorakit plan-devices MODEL --output FILE` writes plans"
-        raise InputRefused(f"{path}: found devices without their sizes, need a whole plan", hint) from None
+        raise InputRefused(f"{path}: found devices or settings that aren't a plan's, need a whole plan", hint) from None
     gpu_bytes = {int(name[5:]): size for name, size in sizes.items() if name != "cpu"}
     saved = sum(lora) if plan["parallel"] == "split" else max(lora)
     return Need(
@@ -205,6 +209,7 @@ def _need_of_plan(plan: Mapping[str, Any], path: Path) -> Need:
 
 
 _MERGE_BYTES = 2**28  # twice what the bench of merging measured for a shape of 70B
+_MOST_BYTES = 2**62
 _CHECKPOINTS = 5
 """Three that are kept by default, the best one, and the one that is written."""
 

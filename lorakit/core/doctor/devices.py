@@ -158,16 +158,15 @@ def driver(need: Need) -> Finding:
 def _without_gpus(need: Need) -> Finding | None:
     """The answer of every check of GPUs where there are none; None where there are."""
     if gpus_are_hidden():
-        found = "CUDA_VISIBLE_DEVICES hides every GPU"
-        fix = "unset CUDA_VISIBLE_DEVICES"
+        found, means, fix = "CUDA_VISIBLE_DEVICES that hides every GPU", "", "unset CUDA_VISIBLE_DEVICES"
     elif has_gpu() or cards() or driver_version() is not None:
         return None
     else:
-        found, fix = "no NVIDIA GPU here: lorakit computes on the CPU", ""
+        found, means, fix = "no NVIDIA GPU here", ": lorakit computes on the CPU", ""
     if need.gpu_bytes:
         where = f"{len(need.gpu_bytes)} GPU{'s' if len(need.gpu_bytes) > 1 else ''}"
-        return fail(f"found that {found}; need {where}", "the plan was made for them", fix or "run it where they are")
-    return skip(found, fix)
+        return fail(f"found {found}, need {where}", "the plan was made for them", fix or "run it where they are")
+    return skip(f"{found}{means}", fix)
 
 
 def _lacking(need: Need, detail: str, why: str, fix: str) -> Finding:

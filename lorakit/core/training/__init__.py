@@ -33,8 +33,8 @@ from lorakit.core.events import Report
 from lorakit.core.hub import model_folder, push_folder
 from lorakit.core.model import pick_device
 from lorakit.core.parallel import World, joined
-from lorakit.core.training.checkpoints import CHECKPOINTS, OTHER_WORK_HINT, Checkpoints
-from lorakit.core.training.loop import EXTENDS, UNFINISHED, Run, ShouldStop, schedule_of
+from lorakit.core.training.checkpoints import CHECKPOINTS, EXTENDS, Checkpoints, other_work_hint
+from lorakit.core.training.loop import UNFINISHED, Run, ShouldStop, schedule_of
 from lorakit.core.weights import Weights, open_weights
 
 
@@ -157,7 +157,7 @@ def _claim(
             overwrite=replaceable,
             unfinished=UNFINISHED,
             may_differ=may_differ,
-            hint=OTHER_WORK_HINT,
+            hint=other_work_hint,
         )
         checkpoints = Checkpoints(folder, config, parents, report)
         other = {name: done.config.get(name) for name in may_differ} if done is not None else {}

@@ -23,7 +23,22 @@ CHECKPOINTS = "checkpoints"
 OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"
 
-OTHER_WORK_HINT = "choose another --output, add --overwrite, or go on for more steps with --extend"
+EXTENDS = ("epochs", "max_steps")
+"""The settings that --extend may change."""
+
+
+def other_work_hint(found: Mapping[str, object]) -> str:
+    """How the run that is there goes on where that little differs, by what it was made with; else what replaces it."""
+    usual = "choose another --output, or add --overwrite"
+    if not found.keys() <= {*EXTENDS, "effective_batch_size"}:
+        return usual
+    options = []
+    if "effective_batch_size" in found:  # what the processes and their micro-steps come to, where it isn't given
+        options.append(f"--effective-batch-size {found['effective_batch_size']}, which sets the accumulation")
+    if not found.keys() <= {"effective_batch_size"}:
+        options.append("--extend for more steps")
+    return f"{usual}; or go on with {' and '.join(options)}"
+
 
 _FIRST_LOSS_SCALE = 2.0**16
 
@@ -84,7 +99,7 @@ class Checkpoints:
                 aside = artifacts.set_aside(folder)
                 self._report(Notice(f"passed over a damaged checkpoint, kept as {aside.name}: {error.message}"))
                 continue
-            artifacts.refuse_other_work(checkpoint, self._config, self._parents, OTHER_WORK_HINT, may_differ)
+            artifacts.refuse_other_work(checkpoint, self._config, self._parents, other_work_hint, may_differ)
             return checkpoint
         if damaged is not None:
             raise ArtifactDamaged(damaged.message, "no checkpoint is whole; the same command again begins anew")

@@ -75,7 +75,7 @@ from lorakit.core.quantized_cache import QuantizedCache
 from lorakit.core.reporting import data_summary, read_metrics, report_page
 from lorakit.core.tokenization import load_tokenizer, spec_of, tokenizer_files
 from lorakit.core.tracking import Tracker, open_tracker, require_tracker
-from lorakit.core.training.checkpoints import CHECKPOINTS, Checkpoints, State, read
+from lorakit.core.training.checkpoints import CHECKPOINTS, EXTENDS, Checkpoints, State, read
 from lorakit.core.training.optimizers import LearningRate, load_states, make_optimizer, pages_nothing, states_of
 from lorakit.core.training.schedule import Schedule, seed_of
 from lorakit.core.untrusted import parse_json
@@ -89,9 +89,6 @@ UNFINISHED = (CHECKPOINTS, METRICS, SAMPLES, TRACKING)
 
 ShouldStop = Callable[[], str | None]
 """Asked after every step: "terminate" or "interrupt" once such a signal has come, else None."""
-
-EXTENDS = ("epochs", "max_steps")
-"""The settings that --extend may change."""
 
 _SMALLEST_LOSS_SCALE = 2.0**-10
 _SAMPLE_TOKENS = 128

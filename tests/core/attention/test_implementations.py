@@ -157,7 +157,7 @@ def test_another_kind_of_attention_is_refused_by_name(config: Any, words: str) -
         ("varlen", SHAPE, torch.float32, GPU, "bf16 and fp16 only"),
         ("varlen", Shape("A", 4, 2, 320, None, 0.0), torch.bfloat16, GPU, "heads are 320 wide"),
         ("flash_attention_2", SHAPE, torch.bfloat16, GPU, "the package flash-attn isn't installed"),
-        ("flash_attention_3", SHAPE, torch.bfloat16, GPU, "flash-attn-3 isn't installed"),
+        ("flash_attention_3", SHAPE, torch.bfloat16, GPU, "the package flash-attn-3 isn't installed"),
         ("flex_attention", SHAPE, torch.bfloat16, CPU, "no GPU here"),
         ("flex_attention", SHAPE, torch.float32, GPU, "compiling it for fp32"),
     ],

@@ -75,7 +75,7 @@ def test_the_first_failure_is_the_error_and_names_the_others() -> None:
     }
     diagnosis = Diagnosis(findings)
     assert not diagnosis.ok
-    with pytest.raises(EnvironmentUnusable, match="b: found x, need y; and c") as caught:
+    with pytest.raises(EnvironmentUnusable, match=r"b: found x, need y \(c failed too\)$") as caught:
         diagnosis.require_ok()
     assert (caught.value.hint, caught.value.exit_code) == ("do it", 11)
     Diagnosis({"a": ok("fine"), "b": skip("nothing"), "c": warn("a", "b", "c")}).require_ok()
@@ -133,7 +133,23 @@ def test_a_plan_of_plan_devices_is_understood(cli: Cli, tmp_path: Path) -> None:
     assert need.ram_bytes == sizes["cpu"]
 
 
-@pytest.mark.parametrize("devices", [[{"name": "cpu"}], [{"name": "cpu", "peak_bytes": "x", "bytes": {}}]])
+@pytest.mark.parametrize("changed", [{"optimizer": 3}, {"quantize": ["nf4"]}, {"optimizer": None}])
+def test_a_plan_of_other_settings_than_a_runs_is_refused(changed: dict[str, object], tmp_path: Path) -> None:
+    settings = {"quantize": "nf4", "optimizer": "adamw", **changed}
+    with pytest.raises(InputRefused, match="found devices or settings that aren't a plan's"):
+        need_of(str(plan_file(tmp_path / "plan.json", settings=settings)), quiet)
+
+
+@pytest.mark.parametrize(
+    "devices",
+    [
+        [{"name": "cpu"}],
+        [{"name": "cpu", "peak_bytes": "x", "bytes": {}}],
+        [{"name": "cpu", "peak_bytes": 10**400, "bytes": {"lora": 1, "optimizer": 2}}],
+        [{"name": "cpu", "peak_bytes": 1, "bytes": {"lora": 10**400, "optimizer": 2}}],
+        [{"name": "cpu", "peak_bytes": -1, "bytes": {"lora": 1, "optimizer": 2}}],
+    ],
+)
 def test_half_a_plan_is_refused(devices: list[object], tmp_path: Path) -> None:
     with pytest.raises(InputRefused, match="plan"):
         need_of(str(plan_file(tmp_path / "plan.json", devices=devices, device_map=None)), quiet)

@@ -449,7 +449,7 @@ FAULTS: Mapping[str, Fault] = {
         _no_library, "driver", "fail", ("no libcuda.so.1",), ("NVIDIA_DRIVER_CAPABILITIES=compute",)
     ),
     "GPUs that are hidden": Fault(
-        _hidden, "gpus", "skip", ("CUDA_VISIBLE_DEVICES hides",), ("unset CUDA_VISIBLE_DEVICES",)
+        _hidden, "gpus", "skip", ("CUDA_VISIBLE_DEVICES that hides every GPU",), ("unset CUDA_VISIBLE_DEVICES",)
     ),
     "a GPU that others use": Fault(
         _gpu(free="20000", holders="GPU-1, 4211, /home/bob/bin/python, 61000"),
@@ -475,7 +475,13 @@ FAULTS: Mapping[str, Fault] = {
         Need(job="train", gpu_bytes={0: 1, 1: 1, 2: 1}),
     ),
     "a plan, and no GPU at all": Fault(
-        lambda m: None, "gpus", "fail", ("no NVIDIA GPU", "need 1 GPU"), ("run it where",), PLAN, also=("driver",)
+        lambda m: None,
+        "gpus",
+        "fail",
+        ("found no NVIDIA GPU here, need 1 GPU",),
+        ("run it where",),
+        PLAN,
+        also=("driver",),
     ),
     "a GPU that is slowed down": Fault(_gpu(limit="300.00"), "gpus", "warn", ("700 W is usual",), ("-pl 700",)),
     "a GPU that no torch knows": Fault(_gpu(capability="3.7"), "gpus", "fail", ("capability 3.7",), ("newer GPU",)),

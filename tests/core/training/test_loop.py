@@ -406,7 +406,7 @@ def test_measured_stands_beside_planned(cli: Cli, tiny_llama: Path, blocks: Path
         (("--rank", 8), "rank: found 8, asked for 16"),
         (("--batch-size", 2), "batch_size: found 2, asked for 1"),
         (("--quantize", "int8"), "quantize: found 'int8', asked for 'none'"),
-        (("--gradient-accumulation-steps", 2), "gradient_accumulation_steps: found 'more than 1', asked for '1'"),
+        (("--gradient-accumulation-steps", 2), "accumulates_gradients: found True, asked for False"),
     ],
 )
 def test_a_plan_for_other_settings_is_refused_with_the_difference(
@@ -423,6 +423,10 @@ def test_a_plan_for_another_model_or_other_devices_is_refused(
     ran = train("run", "--max-steps", 1, "--plan", plan(model="smollm2-135m"))
     assert ran.code == 5
     assert "hidden_size: found 576, asked for 64" in ran.err
+    (tmp_path / "plan.json").unlink()
+    ran = train("run", "--max-steps", 1, "--plan", plan("--gpus", "2x8GiB", model="smollm2-135m"))
+    assert ran.code == 5, "its devices are no question where the model is another"
+    assert "found a plan for another model" in ran.err
     (tmp_path / "plan.json").unlink()
     ran = train("run", "--max-steps", 1, "--plan", plan("--gpus", "2x8GiB"))
     assert ran.code == 11

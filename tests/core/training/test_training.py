@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,35 @@ def test_other_settings_on_a_run_are_refused_and_named(
     ran = train("run", "--max-steps", 4, "--rank", 4)
     assert ran.code == 5
     assert "rank: found 16, asked for 4" in ran.err
+
+
+@pytest.mark.parametrize(
+    ("other", "hint"),
+    [
+        (("--max-steps", 9), "; or go on with --extend for more steps"),
+        (("--effective-batch-size", 3), "; or go on with --effective-batch-size 2, which sets the accumulation"),
+        (("--max-steps", 9, "--learning-rate", "1e-3"), ""),
+        (("--rank", 4), ""),
+    ],
+)
+def test_what_lets_a_run_go_on_is_hinted_at_where_it_does(train: Train, other: tuple[Any, ...], hint: str) -> None:
+    """--extend changes the number of steps alone; more processes change the blocks of a step unless they are given."""
+    train("run", "--max-steps", 2, "--gradient-accumulation-steps", 2)
+    again = () if "--effective-batch-size" in other else ("--gradient-accumulation-steps", 2)
+    ran = train("run", *(() if "--max-steps" in other else ("--max-steps", 2)), *again, *other)
+    assert ran.code == 5
+    assert ran.err.splitlines()[-1] == f"hint: choose another --output, or add --overwrite{hint}"
+
+
+def test_another_base_is_told_by_the_beginning_of_its_fingerprint(
+    train: Train, tmp_path: Path, tiny_llama: Path
+) -> None:
+    train("run", "--max-steps", 1)
+    make_llama(tmp_path / "other", seed=5)
+    ran = train("run", "--max-steps", 1, "--model", tmp_path / "other")
+    assert ran.code == 5
+    assert re.search(r"base: found '[0-9a-f]{8}', asked for '[0-9a-f]{8}'\n", ran.err)
+    assert "--extend" not in ran.err
 
 
 def test_overwrite_keeps_the_old_run_until_the_new_one_is_whole(
