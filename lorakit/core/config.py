@@ -97,7 +97,7 @@ _MAX_AT_ONCE = 65_536
 _WIDEST_METAVAR = 24
 
 
-_COLUMNS_NEED = "NAME=COLUMN, separated by commas, both text: prompt=question,completion=answer"
+_COLUMNS_NEED = "NAME=COLUMN, both text, separated by commas"
 _TEMPLATE_NEED = "one of " + ", ".join(TEMPLATES) + ", or a Jinja file"
 
 
