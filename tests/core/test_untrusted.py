@@ -436,3 +436,19 @@ def test_what_a_damaged_manifest_names_is_not_removed(tmp_path: Path) -> None:
     for raw in (b"no JSON", (manifest(tmp_path / "x", files={"../victim": None}) / artifacts.MANIFEST).read_bytes()):
         hostile.write_bytes(raw)
         assert artifacts._named_in(hostile) == set()
+
+
+@pytest.mark.parametrize(
+    ("work", "keeps"),
+    [
+        (lambda: None, True),
+        (lambda: {}["no key"], True),  # which is seen again where it isn't tried only
+        (lambda: (_ for _ in ()).throw(untrusted.TakesTooLong), False),
+        (lambda: (_ for _ in ()).throw(MemoryError), False),
+        (lambda: os.kill(os.getpid(), signal.SIGPROF), False),  # of the kernel's bound
+        (lambda: os.kill(os.getpid(), signal.SIGKILL), False),  # for want of memory
+        (lambda: os.kill(os.getpid(), signal.SIGABRT), True),  # of a library that can't be forked
+    ],
+)
+def test_work_that_is_tried_first_keeps_its_bounds_or_not(work: Callable[[], object], keeps: bool) -> None:
+    assert untrusted.keeps_bounds(work) is keeps
