@@ -317,7 +317,7 @@ def test_an_adapter_may_come_from_the_hub(train: Train, tmp_path: Path, monkeypa
     train("first", "--max-steps", 1)
     original = hub.model_folder
     folders = {"owner/adapter": tmp_path / "first"}
-    monkeypatch.setattr(training, "model_folder", lambda name: folders.get(name) or original(name))
+    monkeypatch.setattr(training, "model_folder", lambda name, **named: folders.get(name) or original(name, **named))
     ran = train("second", "--max-steps", 1, "--adapter", "owner/adapter")
     assert ran.code == 0, ran.err
 
