@@ -49,7 +49,7 @@ def _ask(question: str, talk: "Conversation", model: str, longest: int, console:
         answer = talk.ask(question, lambda piece: console.say(piece, end=""), stopped)
     console.say("")
     if answer is not None:
-        if answer.finish_reason == "length":
+        if answer.finish_reason == "length" and not console.json:  # which says it itself
             more = (
                 "--max-new-tokens allows more" if answer.completion_tokens >= longest else "the model's context is full"
             )

@@ -94,7 +94,9 @@ def test_prompts_are_conversations_of_their_own(
 
 def test_an_answer_is_text_on_stdout_and_all_else_is_not(cli: Cli, models: dict[str, Path]) -> None:
     given = ("chat", models["plain"], "--prompt", "hello", "--max-new-tokens", 5)
-    [turn] = turns(cli(*given, "--json"))
+    as_json = cli(*given, "--json")
+    [turn] = turns(as_json)
+    assert (turn["finish_reason"], "cut at" in as_json.err) == ("length", False)
     shown = cli(*given)
     assert shown.out == turn["answer"] + "\n"
     assert shown.err.splitlines() == [
