@@ -22,6 +22,9 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 # Tiny models gain nothing from more threads, and threads that wait for a busy core cost tenfold.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"  # huggingface_hub reads it once, when it is imported
+# A shell has what it starts in its background ignore Ctrl-C, and what that starts too.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # This process and all that it starts are watched, see there.
 _SEEN: dict[str, bool] = {}
 _PROBLEMS: list[str] = []

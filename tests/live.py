@@ -9,6 +9,8 @@ from torch._C._profiler import _EventType
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lorakit.core.environment import quiet_profiler
+
 
 class LiveBytes(TorchDispatchMode):
     """Counts each storage from the operation that makes it to the moment when it is freed.
@@ -72,6 +74,7 @@ def allocated_peak(run: Callable[[], object]) -> int:
     """The most bytes that torch's CPU allocator held for `run()` at once, as the profiler saw each of its calls; what
     operations hold inside themselves counts too. What was there before isn't counted when it is freed: the profiler
     takes it for what an earlier profile saw at its address."""
+    quiet_profiler()
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
         run()

@@ -65,8 +65,11 @@ def _other_work(found: Mapping[str, object]) -> str:
     return "choose another --output, or add --overwrite"
 
 
-_SHOWN_DIGITS = 8
-"""Of a fingerprint."""
+def _shown(parent: object) -> str:
+    """A parent with its fingerprint shortened to eight digits."""
+    return re.sub(r"\b([0-9a-f]{8})[0-9a-f]{56}\b", r"\1…", str(parent))
+
+
 _MAX_MANIFEST_BYTES = 4 * MAX_SETTINGS_BYTES  # a hundred thousand files
 _Made = TypeVar("_Made")
 _FILE_NAME = re.compile(r"(?!\.{1,2}$)[^/\x00]+")
@@ -379,8 +382,8 @@ def refuse_other_work(
     before, now = artifact.parents, dict(parents)
     others = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     lines = differences(changed, {name: wanted[name] for name in changed})
-    lines += differences(*({name: a[name][:_SHOWN_DIGITS] for name in others if name in a} for a in (before, now)))
-    if lines:
+    lines += differences(*({name: _shown(each[name]) for name in others if name in each} for each in (before, now)))
+    if changed or others:
         listed = "\n  ".join(lines)
         what_to_do = hint({**changed, **{name: before.get(name) for name in others}})
         raise Mismatch(f"{artifact.path}: found {artifact.kind} of other work, need the same:\n  {listed}", what_to_do)

@@ -10,14 +10,15 @@ from typing import Any
 
 import pytest
 
-from lorakit.core import environment, launching
-from lorakit.core.config import TrainConfig
+from lorakit.core import artifacts, environment, launching
+from lorakit.core.config import PrepareConfig, TrainConfig
 from lorakit.core.errors import InputRefused, LorakitError, NonFinite, Stopped
 from lorakit.core.events import Notice, Progress, Report
 from lorakit.options import read_settings
 from tests.conftest import Ran
 
 Cli = Callable[..., Ran]
+PREPARE = PrepareConfig.resolve((None, {"dataset": "rows.jsonl", "tokenizer": "any"}))
 
 
 @dataclass
@@ -87,7 +88,15 @@ def be_rank(monkeypatch: pytest.MonkeyPatch, rank: int, world_size: int = 2) -> 
     monkeypatch.setenv("MASTER_PORT", "29500")
 
 
+def make_blocks() -> None:
+    """What a launcher looks for, at `b`."""
+    with artifacts.lock(Path("b")):
+        if not artifacts.is_artifact(Path("b")):
+            artifacts.commit(Path("b"), "blocks", [], config=PREPARE, parents={}, facts={})
+
+
 def train(cli: Cli, *options: object) -> Ran:
+    make_blocks()
     return cli("train", "--model", "m", "--blocks", "b", "--output", "out", *options)
 
 
@@ -155,6 +164,7 @@ def test_a_launcher_checks_without_torch(tmp_path: Path) -> None:
         "import sys; from lorakit.cli import main; code = main(sys.argv[1:]); "
         "print({'torch', 'transformers'} & set(sys.modules) or ''); sys.exit(code)"
     )
+    make_blocks()
     command = [sys.executable, "-c", code, "train", "--model", "m", "--blocks", "b", "--parallel", "ddp"]
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (ran.returncode, ran.stdout.strip()) == (11, "")
