@@ -23,7 +23,8 @@ class Promise:
 PROMISES: Mapping[str, Promise] = {
     "P1": Promise(
         "killed anywhere, nothing is lost or half there, and the same command finishes with the same bytes",
-        "SIGKILL, also in the middle of a write, at calls of prepare, train and merge; a third killed twice",
+        "SIGKILL, also in the middle of a write, at every call of prepare and merge and every 4th of train; a third "
+        "killed twice",
         partial(loop.prove, kills=True),
         tuple(loop.PROTECTIONS),
     ),
@@ -42,7 +43,7 @@ PROMISES: Mapping[str, Promise] = {
     "P4": Promise(
         "files of strangers are refused in one sentence or used rightly",
         "mutated configs, indexes, headers, rows, plans, recipes, tokenizers, templates, and manifests, blocks, states "
-        "behind hashes that are right; merges compared with torch's, tokens with tokenizers'; every open() watched",
+        "behind hashes that are right; merges compared with torch's, tokens with tokenizers'; Python's open() watched",
         mutating.prove,
         ("checks of adapter_config", "checks of shard names", "checks of facts", "checks of tokenizers"),
     ),
@@ -54,7 +55,7 @@ PROMISES: Mapping[str, Promise] = {
     ),
     "P6": Promise(
         "a disk that is full or fails ends in exit code 7, the last artifact whole, no traceback",
-        "ENOSPC and EIO once, ENOSPC from there on, at calls of prepare, train and merge",
+        "ENOSPC and EIO once, ENOSPC from there on, at every call of prepare, every 4th of merge and 16th of train",
         partial(loop.prove, kills=False),
         ("write-errors",),
     ),

@@ -239,7 +239,8 @@ def _ended_as_launched(pids: Sequence[int]) -> list[int]:
 
 
 def stopped(work: Path, longest: float, number: int) -> Any:
-    """A run that is told to stop at some moment, and run again: problems, and the seconds until it had ended."""
+    """A run that is told to stop at some moment, and run again: problems, the seconds until it had ended, and whether
+    it stopped behind a step."""
     two = number % 2 == 1
     moment = random.Random(number).uniform(0.02, longest * (1.5 if two else 1))
     with room_of(work, f"stopped-{number}") as folder:
@@ -264,7 +265,7 @@ def stopped(work: Path, longest: float, number: int) -> Any:
         codes = {ended(pid) for pid in pids}
         same = codes == {0} and adapter(run) == adapter(work / f"undisturbed-{1 + two}")
         problems += [] if same else [f"run again: exit codes {codes}, or another adapter"]
-        return [problems, seconds]
+        return [problems, seconds, found is not None]
 
 
 def prove_signals(work: Path, *, short: bool, jobs: int, without: str | None = None) -> Tally:
@@ -278,15 +279,17 @@ def prove_signals(work: Path, *, short: bool, jobs: int, without: str | None = N
     if without is not None:
         loop.Run._save = lambda *_: None  # type: ignore[method-assign]
     numbers = range(10 if short or without else 100)
-    tally, latest = Tally(), 0.0
-    for number, (problems, seconds) in zip(
+    tally, latest, behind_steps = Tally(), 0.0, 0
+    for number, (problems, seconds, behind_step) in zip(
         numbers, spread(partial(stopped, work, longest), numbers, jobs), strict=True
     ):
         tally.add(f"moment {number}", problems)
-        latest = max(latest, seconds)
+        latest, behind_steps = max(latest, seconds), behind_steps + behind_step
+    if not behind_steps:
+        tally.failures.append("no moment met a step")
     for size in (1, 2):
         shutil.rmtree(work / f"undisturbed-{size}")
-    tally.note = f"at most {latest:.1f} s from the signal to the end"
+    tally.note = f"{behind_steps} met a step; at most {latest:.1f} s from the signal to the end"
     return tally
 
 
