@@ -66,7 +66,7 @@ def test_another_base_is_told_by_the_beginning_of_its_fingerprint(
     make_llama(tmp_path / "other", seed=5)
     ran = train("run", "--max-steps", 1, "--model", tmp_path / "other")
     assert ran.code == 5
-    assert re.search(r"base: found '[0-9a-f]{8}', asked for '[0-9a-f]{8}'\n", ran.err)
+    assert re.search(r"base: found '[0-9a-f]{8}…', asked for '[0-9a-f]{8}…'\n", ran.err)
     assert "--extend" not in ran.err
 
 
