@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, fields, replace
 from multiprocessing import active_children, connection, forkserver, get_context, parent_process
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -187,9 +187,12 @@ def prepare(config: PrepareConfig, report: Report) -> Prepared:
             return replace(found, preview=preview)
         facts: dict[str, Any] = {}
         kept = cache_folder() / "rejected" / f"{key}.jsonl"
-        made = _files(work, dataset, validation, target, kept, facts, report)
-        files = itertools.chain(made, _unchanged(stamps))
-        artifacts.commit(target, "blocks", files, config=config, parents=parents, facts=facts)
+        files = _files(work, dataset, validation, target, kept, facts, report)
+
+        def check(_stage: Path) -> None:
+            disk.require_unchanged(stamps)  # or what was read needn't be what was hashed
+
+        artifacts.commit(target, "blocks", files, config=config, parents=parents, facts=facts, check=check)
     return Prepared(path=target, preview=preview, cached=False, **facts)
 
 
@@ -627,12 +630,6 @@ def _files(
             "lengths": {str(length): figures.lengths[length] for length in sorted(figures.lengths)},
         },
     }
-
-
-def _unchanged(stamps: Mapping[Path, disk.Stamp | None]) -> Iterator[NoReturn]:
-    """No file of its own. Raises Mismatch where what was read needn't be what was hashed."""
-    disk.require_unchanged(stamps)
-    yield from ()
 
 
 def _require_room(target: Path, tokens: int, done_bytes: int, size_bytes: int) -> None:
