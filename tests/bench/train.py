@@ -8,6 +8,8 @@ most that torch allocated. `--tiny` runs the same code on the CPU. Variants:
     standard-KIND-ck              lorakit's standard engine
     peft                          transformers + peft, bf16, bf16 adapters, no checkpointing: the fastest plain way
     peft-ck, peft-nf4-ck          with checkpointing and fp32 adapters under autocast, as trainers run it
+    qlora                         peft-nf4-ck after peft's prepare_model_for_kbit_training, as its examples have it:
+                                  norms, embeddings and head in fp32
     liger                         peft with Liger's kernels, each layer compiled
     seed                          LLM.int8, eager attention, fp16 autocast, q, k, v and o, as the popular script had it
 """
@@ -34,7 +36,7 @@ from tests.bench.memory import RandomBlocks, Row, config_for, plan, random_base,
 
 VARIANTS = (
     *("fast-fp8", "peft", "fast-fp8-ck", "peft-ck", "fast-nf4", "peft-nf4-ck", "liger", "fast-none", "fast-int8"),
-    *("fast-nf4-ck", "standard-none-ck", "standard-nf4-ck", "standard-int8-ck", "seed"),
+    *("fast-nf4-ck", "standard-none-ck", "standard-nf4-ck", "standard-int8-ck", "qlora", "seed"),
 )
 
 
@@ -63,10 +65,10 @@ def ours(variant: str, asked: argparse.Namespace, device: torch.device) -> tuple
 
 def theirs(variant: str, asked: argparse.Namespace, device: torch.device) -> Any:
     """A function that does one training step as people write it with transformers and peft."""
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
-    seed, usual = variant == "seed", variant.endswith("-ck") or variant == "seed"
-    quantize = "int8" if seed else "nf4" if "nf4" in variant else "none"
+    seed, usual = variant == "seed", variant.endswith("-ck") or variant in ("qlora", "seed")
+    quantize = "int8" if seed else "nf4" if variant in ("peft-nf4-ck", "qlora") else "none"
     if variant == "liger":
         from liger_kernel.transformers import apply_liger_kernel_to_llama
 
@@ -74,6 +76,8 @@ def theirs(variant: str, asked: argparse.Namespace, device: torch.device) -> Any
     row = Row(asked.model, quantize, asked.block, asked.batch, usual, True, asked.rank)
     base = random_base(row, device)
     base.set_attn_implementation("eager" if seed else "sdpa")
+    if variant == "qlora":
+        prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)  # switched on below
     targets: Any = ["q_proj", "k_proj", "v_proj", "o_proj"] if seed else "all-linear"
     lora = LoraConfig(
         r=asked.rank, lora_alpha=2 * asked.rank, lora_dropout=0.05 if seed else 0.0, target_modules=targets
@@ -132,7 +136,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--limit", type=float, default=500, help="start no variant after so many seconds")
     parser.add_argument("--output", help="file for a JSON line a variant")
-    parser.add_argument("--profile", action="store_true", help="list the kernels that take longest, after each variant")
+    parser.add_argument("--profile", action="store_true", help="list what the GPU does in a step, after each variant")
     parser.add_argument("--tiny", action="store_true", help="a tiny model on the CPU")
     asked = parser.parse_args()
     if asked.tiny:
@@ -162,10 +166,10 @@ def main() -> int:
         plan_text = f"planned {planned / 2**30:6.2f}" if planned is not None else ""
         spread = f"{1000 * median:7.0f} ms ({1000 * min(seconds):.0f}-{1000 * max(seconds):.0f})"
         say(f"{variant:<18} {tokens / median:8,.0f} tokens/s {spread}, {peak:6.2f} GiB {plan_text}")
-        if asked.profile:
+        if asked.profile and device.type == "cuda":
             with torch.profiler.profile() as profile:
                 timed(step, 0, 1, device)
-            say(profile.key_averages().table(sort_by="cuda_time_total", row_limit=45, max_name_column_width=70))
+            show_kernels(profile)
         if asked.output:
             facts = {"variant": variant, "device": name, **vars(asked), "seconds": seconds, "peak_gib": peak}
             with open(asked.output, "a", encoding="utf-8") as file:
@@ -173,6 +177,23 @@ def main() -> int:
         del step
         clean()
     return 0
+
+
+def show_kernels(profile: torch.profiler.profile) -> None:
+    """What the GPU does in a step, the longest first, and how long it does nothing."""
+    kernels = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    spans = sorted((event.time_range.start, event.time_range.end) for event in kernels)
+    idle, until = [], spans[0][1]
+    for start, end in spans:
+        idle.append(max(0.0, start - until))
+        until = max(until, end)
+    longest = ", ".join(f"{gap / 1000:.2f}" for gap in sorted(idle)[: -len(idle) // 2 : -1][:5])
+    say(f"{(until - spans[0][0]) / 1000:.1f} ms, idle {sum(idle) / 1000:.1f} of them, at most {longest} at a time")
+    by_name: dict[str, list[float]] = {}
+    for event in kernels:
+        by_name.setdefault(event.name, []).append(event.time_range.elapsed_us())
+    for name, times in sorted(by_name.items(), key=lambda pair: -sum(pair[1]))[:40]:
+        say(f"{sum(times) / 1000:8.2f} ms  {len(times):5} × {statistics.median(times):8.1f} us  {name[:90]}")
 
 
 def clean() -> None:
