@@ -22,7 +22,7 @@ FLOORS = (
     ("artifacts", "doctor.finding", "fast.kernels"),
     (
         *("templates", "weights", "hub", "environment", "elastic", "reporting"),
-        *("fast.linear", "doctor.trials", "quantization"),
+        *("fast.linear", "fast.loss", "doctor.trials", "quantization"),
     ),
     (
         *("records", "profiling", "shapes", "parallel", "tracking", "accelerate_config", "fast.layers", "calibration"),

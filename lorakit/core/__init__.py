@@ -31,7 +31,7 @@ Imports go down only:
                     doctor's other kernels
                       records, profiling, shapes, tracking, accelerate_config, parallel, fast.layers, calibration,
                       doctor's others
-                        templates, weights, hub, environment, elastic, reporting, fast.linear, quantization,
+                        templates, weights, hub, environment, elastic, reporting, fast.linear, fast.loss, quantization,
                         doctor.trials
                           artifacts, doctor.finding, fast.kernels
                             config, disk, floats, intervals, untrusted, fast.storage

@@ -35,7 +35,8 @@ from lorakit.core.config import (
 from lorakit.core.errors import NonFinite
 from lorakit.core.events import Notice, Progress, Report
 from lorakit.core.exact_match import Matches, answer_all, references
-from lorakit.core.fast.engine import make_fast
+from lorakit.core.fast.engine import is_fast, make_fast
+from lorakit.core.fast.loss import cross_entropy_sum, is_frozen
 from lorakit.core.intervals import Interval, ratio_interval
 from lorakit.core.memory import LOSS_TOKENS
 from lorakit.core.model import Opened, open_model, require_positions, require_vocabulary
@@ -105,7 +106,8 @@ def loss_sum(model: Any, batch: Batch, chunk_tokens: int = LOSS_TOKENS) -> Tenso
 
     Token t is predicted from t-1 of its own document: positions restart at each document and no attention mask is
     passed, which is how transformers keeps packed documents apart. Logits exist only where a token is trained, for
-    `chunk_tokens` of them at a time, and are computed again in the backward pass.
+    `chunk_tokens` of them at a time, and are computed again in the backward pass, or with the fast engine and a frozen
+    head become their gradient at once.
     """
     return torch.stack(_losses(model, batch, chunk_tokens, "sum")).sum()
 
@@ -136,8 +138,11 @@ def _losses(model: Any, batch: Batch, chunk_tokens: int, reduction: str) -> list
         return [cross_entropy(output.logits.flatten(0, 1)[rows_N].float(), targets_N, reduction=reduction)]
     hidden_NH = output.last_hidden_state.flatten(0, 1).index_select(0, rows_N)
     del output
+    head = whole.get_output_embeddings()
+    if reduction == "sum" and torch.is_grad_enabled() and is_fast(whole) and is_frozen(head):
+        return [cross_entropy_sum(hidden_NH, head, targets_N, chunk_tokens)]
     return [
-        checkpoint(_chunk_loss, whole.get_output_embeddings(), hidden_CH, targets_C, reduction, use_reentrant=False)
+        checkpoint(_chunk_loss, head, hidden_CH, targets_C, reduction, use_reentrant=False)
         for hidden_CH, targets_C in zip(hidden_NH.split(chunk_tokens), targets_N.split(chunk_tokens), strict=True)
     ]
 

@@ -258,8 +258,8 @@ class StepMemory:
 
         The moments that can be the fullest: the loss, forward (logits in fp32 and their log-softmax, 8 bytes each, and
         a 16-bit copy of all LoRA weights, which autocast keeps until it ends) and backward (log-softmax and two
-        gradients, 12 bytes); the last norm's backward pass; each layer's, where what lies below is still kept and the
-        gradients above are there; and the optimizer's step.
+        gradients, 12 bytes), or both at once with the fast engine; the last norm's backward pass; each layer's, where
+        what lies below is still kept and the gradients above are there; and the optimizer's step.
         Data-parallel devices hold all gradients and as much again in the buffer by which they are summed; FSDP's hold
         1/shards of the layers' weights and states, whole what lies outside of the layers, and two of them, one computed
         and one fetched ahead (torch's fully_shard). Of offloaded layers the one whose backward pass runs is there.
@@ -362,6 +362,9 @@ class StepMemory:
         parameters = sum(layer.parameters for layer in self.layers[part.first : part.end])
         copies = 2 * parameters if self._has_copies and work.gradient_checkpointing else 0
         other_chunks = (work.trained_tokens - chunk) * work.element_bytes * hidden
+        if work.engine == "fast":  # fast.loss: a chunk's logits, which become their gradient; then that of all states
+            forward = states + work.trained_tokens * work.element_bytes * hidden + work.element_bytes * logits
+            return [(0, kept + copies, 16 * work.tokens + forward)]
         backward = states + other_chunks + 12 * logits
         return [(0, kept + copies, states + 16 * work.tokens + 8 * logits), (0, kept, backward)]
 

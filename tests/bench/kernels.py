@@ -70,6 +70,44 @@ def of_rounding(rows: int, width: int, generator: torch.Generator) -> float:
     return rounding if torch.allclose(scale.double() * 448, largest, rtol=1e-6) else float("inf")
 
 
+def of_loss(rows: int, words: int, generator: torch.Generator) -> float:
+    """Losses and the logits' gradient, in bf16, against autograd in fp64."""
+    logits = (3 * torch.randn(rows, words, device="cuda", generator=generator)).bfloat16()
+    targets = torch.randint(0, words, (rows,), device="cuda", generator=generator)
+    wide = logits.double().requires_grad_()
+    exact = torch.nn.functional.cross_entropy(wide, targets, reduction="none")
+    exact.sum().backward()
+    losses, wanted = kernels.cross_entropy(logits, targets), wide.grad
+    assert wanted is not None
+    off = float(((logits.double() - wanted).abs() / (wanted.abs() + 1e-12)).max())  # half a place of bf16: 1/256
+    return off if torch.allclose(losses.double(), exact, rtol=1e-5) else float("inf")
+
+
+def of_dy(rows: int, ends: tuple[int, ...], rank: int, generator: torch.Generator) -> float:
+    """g and dB against fp64; the codes and scales are those of `rows_to_fp8`, but for ties."""
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, device="cuda", generator=generator).bfloat16()
+
+    dy, h, lora = normal(rows, ends[-1]), normal(rows, len(ends) * rank), normal(ends[-1], rank)
+    factor = torch.rand(ends[-1], device="cuda", generator=generator) + 0.5
+    parts = [part.contiguous() for part in dy.tensor_split(ends[:-1], 1)]
+    codes, scale, g, db = kernels.of_dy(parts, factor, h, lora)
+    again = kernels.of_dy(parts, factor, h, lora)
+    same = all(torch.equal(*pair) for pair in zip((scale, g, db), again[1:], strict=True))
+    same &= torch.equal(codes.view(torch.int8), again[0].view(torch.int8))
+    alone, scale_alone = kernels.rows_to_fp8(dy, factor)
+    others = (codes.view(torch.int8) != alone.view(torch.int8)).double().mean()
+    if not same or not torch.allclose(scale, scale_alone, rtol=1e-6) or others > 1e-4:
+        return float("inf")
+    worst = 0.0
+    for part, (start, end) in enumerate(zip((0, *ends[:-1]), ends, strict=True)):
+        columns, y = slice(part * rank, (part + 1) * rank), dy[:, start:end].double()
+        wanted = ((g[:, columns], y @ lora[start:end].double()), (db[start:end], y.t() @ h[:, columns].double()))
+        worst = max(worst, *(float((found.double() - x).abs().max() / x.pow(2).mean().sqrt()) for found, x in wanted))
+    return worst
+
+
 def of_4_bits(outputs: int, inputs: int, kind: str, generator: torch.Generator) -> float:
     """Codes made of bitsandbytes' 4 bits against its own numbers, of three layers at once."""
     made = []
@@ -125,6 +163,15 @@ def main() -> int:
         if found > 1 / 27:
             say(f"rounding {rows} × {width}: {found}")
             worst = float("inf")
+    for rows, words in itertools.product(ROWS, (96, 576, 32000, 128256)):
+        found = of_loss(rows, words, generator)
+        if found > 1 / 250:
+            say(f"loss {rows} × {words}: {found}")
+            worst = float("inf")
+    for (ends, _), rank in itertools.product(SHAPES, (16, 32, 64)):
+        found = max(of_dy(rows, ends, rank, generator) for rows in ROWS)
+        say(f"dy N {ends}, rank {rank}: {found:.4f}")
+        worst = max(worst, found)
     for (outputs, inputs), kind in itertools.product(((77, 64), (576, 1536), (4096, 11008)), ("nf4", "fp4")):
         found = of_4_bits(outputs, inputs, kind, generator)
         say(f"{kind} {outputs} × {inputs} to fp8: {found:.4f} of a row's largest, need {1 / 27:.4f}")

@@ -3,6 +3,7 @@
 storage   what frozen matrices are kept in
 linear    one operator for a frozen matrix with LoRA, its backward pass written by hand
 kernels   Triton: what the GPU does for it
+loss      of a frozen head, with its gradient
 layers    a decoder layer made of it
 engine    how a model gets it
 

@@ -19,3 +19,8 @@ def make_fast(model: Any, quantize: str) -> None:
         prepare_compiling()
     for layer in decoder_layers(model):
         speed_up(layer, in_fp8=rounds and computes_in_fp8(device), compiled=on_gpu)
+
+
+def is_fast(model: Any) -> bool:
+    """Whether the fast engine computes the decoder layers of a model."""
+    return any(hasattr(layer, "fast") for layer in decoder_layers(model))

@@ -1,5 +1,5 @@
-"""Triton kernels of the fast engine: rows to 8 bits, their transpose, and a matrix product of 8-bit floats that adds
-LoRA where its sum is finished.
+"""Triton kernels of the fast engine: rows to 8 bits, their transpose, a matrix product of 8-bit floats that adds LoRA
+where its sum is finished, what the backward pass makes of dy, which is read once for all of it, and the loss.
 
 Shapes by suffix: M tokens, N outputs, K inputs, R rank (of all parts together: P·R). Every kernel masks what lies
 outside, so that no width has to be a multiple of a tile; what TMA (Hopper's copy engine) asks for is checked by `fits`.
@@ -11,11 +11,13 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from lorakit.core.fast.storage import LARGEST, RANK_STEP
+from lorakit.core.fast.storage import FP8, LARGEST, RANK_STEP
 
 _TILE = (128, 256, 128)  # tokens, outputs, inputs: the fastest of those measured on an H200
 _NARROW_TILE = (128, 128, 128)  # where parts end at other multiples than 256 (keys and values of small models)
 _UNROLLED_RANK = 32  # above, the rank is a loop: unrolled, its chunks outgrow the 227 KB of shared memory
+_STRIP = (32, 256)  # rows of a step, columns: 8 warps and larger ones spill or wait (1.5 to 1.8 times the time)
+_STRIP_ROWS = 1024  # rows of a program: fewer leave more sums of dB to add up
 
 
 @triton.jit
@@ -100,6 +102,131 @@ def _product(
                 for j in tl.range(R // STEP, num_stages=1):
                     total = tl.dot(h_mr.load([m * BM, part * R + j * STEP]), lora_nr.load([n * BN, j * STEP]).T, total)
         out_mn.store([m * BM, n * BN], total.to(tl.bfloat16))
+
+
+@triton.jit
+def _largest_of_rows(
+    dy_1, dy_2, dy_3, factor, scale, N, end_1, end_2, PARTS: tl.constexpr, LARGEST: tl.constexpr, BLOCK: tl.constexpr
+):
+    """The scale of a row, which lies in parts, each column multiplied by its factor first."""
+    row = tl.program_id(0).to(tl.int64)
+    found = _largest_of_part(dy_1 + row * end_1, factor, end_1, tl.zeros((BLOCK,), tl.float32), BLOCK)
+    if PARTS > 1:
+        width = end_2 - end_1
+        found = _largest_of_part(dy_2 + row * width, factor + end_1, width, found, BLOCK)
+    if PARTS > 2:
+        width = N - end_2
+        found = _largest_of_part(dy_3 + row * width, factor + end_2, width, found, BLOCK)
+    tl.store(scale + row, tl.maximum(tl.max(found, 0), 1e-30) / LARGEST)
+
+
+@triton.jit
+def _largest_of_part(row, factor, width, found, BLOCK: tl.constexpr):
+    for start in range(0, width, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        value = tl.load(row + at, at < width, 0.0).to(tl.float32) * tl.load(factor + at, at < width, 0.0)
+        found = tl.maximum(found, tl.abs(value))
+    return found
+
+
+@triton.jit
+def _strip_of_dy(
+    dy_1,
+    dy_2,
+    dy_3,
+    factor,
+    scale,
+    lora,
+    h,
+    codes,
+    g_of_strips,
+    db_of_chunks,
+    M,
+    N,
+    end_1,
+    end_2,
+    strips_1,
+    strips_2,
+    STEPS: tl.constexpr,
+    R: tl.constexpr,
+    RANKS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """BN columns of a part of dy, BM rows after the other: their codes, what they give to g = dy B, and their rows of
+    dB = dyᵀ h."""
+    strip, chunk = tl.program_id(0), tl.program_id(1)
+    dy, begin, end, first, part = dy_1, 0, end_1, 0, 0
+    if strip >= strips_2:
+        dy, begin, end, first, part = dy_3, end_2, N, strips_2, 2
+    elif strip >= strips_1:
+        dy, begin, end, first, part = dy_2, end_1, end_2, strips_1, 1
+    at_p, at_r, width = (strip - first) * BN + tl.arange(0, BN), tl.arange(0, R), end - begin
+    at_n, there = begin + at_p, at_p < width
+    b_nr = tl.load(lora + at_n[:, None] * R + at_r[None, :], there[:, None], 0.0)
+    factor_n = tl.load(factor + at_n, there, 0.0)
+    db_nr = tl.zeros((BN, R), tl.float32)
+    for step in range(STEPS):
+        at_m = (chunk * STEPS + step) * BM + tl.arange(0, BM)
+        rows = (at_m < M)[:, None]
+        dy_mn = tl.load(dy + at_m[:, None].to(tl.int64) * width + at_p[None, :], rows & there[None, :], 0.0)
+        scaled = dy_mn.to(tl.float32) * factor_n[None, :] / tl.load(scale + at_m, at_m < M, 1.0)[:, None]
+        at = at_m[:, None].to(tl.int64) * N + at_n[None, :]
+        tl.store(codes + at, scaled.to(codes.dtype.element_ty), rows & there[None, :])
+        at = (strip.to(tl.int64) * M + at_m)[:, None] * R + at_r[None, :]
+        tl.store(g_of_strips + at, tl.dot(dy_mn, b_nr), rows)
+        h_mr = tl.load(h + at_m[:, None].to(tl.int64) * RANKS + part * R + at_r[None, :], rows, 0.0)
+        db_nr = tl.dot(tl.trans(dy_mn), h_mr, db_nr)
+    tl.store(db_of_chunks + (chunk.to(tl.int64) * N + at_n)[:, None] * R + at_r[None, :], db_nr, there[:, None])
+
+
+@triton.jit
+def _sum_of_strips(
+    g_of_strips,
+    g,
+    M,
+    strips,
+    strips_1,
+    strips_2,
+    MOST: tl.constexpr,
+    R: tl.constexpr,
+    RANKS: tl.constexpr,
+    BM: tl.constexpr,
+):
+    """g of BM rows and a part: what its strips have given, always in the same order."""
+    at_m, part, at_r = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1), tl.arange(0, R)
+    first = tl.where(part == 0, 0, tl.where(part == 1, strips_1, strips_2))
+    last = tl.where(part == 0, strips_1, tl.where(part == 1, strips_2, strips))
+    rows = (at_m < M)[:, None]
+    total = tl.zeros((BM, R), tl.float32)
+    for i in range(MOST):
+        at = ((first + i).to(tl.int64) * M + at_m)[:, None] * R + at_r[None, :]
+        total += tl.load(g_of_strips + at, rows & (first + i < last), 0.0)
+    at = at_m[:, None].to(tl.int64) * RANKS + part * R + at_r[None, :]
+    tl.store(g + at, total.to(g.dtype.element_ty), rows)
+
+
+@triton.jit
+def _cross_entropy(logits, targets, losses, V, BLOCK: tl.constexpr):
+    """A token's loss; its logits become their gradient. Read twice, the second time from the cache."""
+    token = tl.program_id(0).to(tl.int64)
+    logits += token * V
+    target = tl.load(targets + token)
+    of_target = tl.load(logits + target).to(tl.float32)
+    largest, total = tl.full((BLOCK,), -1e30, tl.float32), tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, V, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        value = tl.load(logits + at, at < V, -float("inf")).to(tl.float32)
+        larger = tl.maximum(largest, value)
+        total = total * tl.exp(largest - larger) + tl.exp(value - larger)
+        largest = larger
+    of_all = tl.max(largest, 0)
+    log_total = of_all + tl.log(tl.sum(total * tl.exp(largest - of_all), 0))
+    tl.store(losses + token, log_total - of_target)
+    for start in range(0, V, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        share = tl.exp(tl.load(logits + at, at < V, 0.0).to(tl.float32) - log_total)
+        tl.store(logits + at, (share - (at == target).to(tl.float32)).to(logits.dtype.element_ty), at < V)
 
 
 @triton.jit
@@ -203,12 +330,47 @@ def product(
 def rows_to_fp8(x_MN: Tensor, factor_N: Tensor | None) -> tuple[Tensor, Tensor]:
     """Codes and scales [M, 1] of rows, `factor_N` multiplied in."""
     M, N = x_MN.shape
-    codes = torch.empty(M, N, device=x_MN.device, dtype=torch.float8_e4m3fn)
+    codes = torch.empty(M, N, device=x_MN.device, dtype=FP8)
     scale = torch.empty(M, 1, device=x_MN.device, dtype=torch.float32)
     folds, block = factor_N is not None, triton.next_power_of_2(N)
     warps = 4 if block <= 1024 else 8 if block <= 4096 else 16
     _rows_to_fp8[(M,)](x_MN, factor_N if folds else scale, codes, scale, N, LARGEST, folds, block, num_warps=warps)
     return codes, scale
+
+
+def of_dy(
+    dys_MN: list[Tensor], factor_N: Tensor, h_MR: Tensor, lora_NR: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What a backward pass makes of dy, whose parts [M, n] lie apart: codes [M, N] and scales [M, 1] of its rows,
+    `factor_N` multiplied in; g = dy B, the parts side by side as in `h_MR`; and dB = dyᵀ h [N, R]. Ranks are powers of
+    two."""
+    (M, R), N = h_MR.shape, lora_NR.shape[0]
+    rank, parts, (BM, BN) = lora_NR.shape[1], len(dys_MN), _STRIP
+    dys_MN = [dy_MN.contiguous() for dy_MN in dys_MN]
+    widths = [dy_MN.shape[1] for dy_MN in dys_MN]
+    strips = [triton.cdiv(width, BN) for width in widths]
+    dys_MN = [*dys_MN, *dys_MN[-1:] * (3 - parts)]  # what isn't there is never read
+    ends = [sum(widths[: part + 1]) for part in range(2)]
+    bounds = [sum(strips[: part + 1]) for part in range(2)]
+    scale_M = torch.empty(M, 1, device=h_MR.device)
+    _largest_of_rows[(M,)](*dys_MN, factor_N, scale_M, N, *ends, parts, LARGEST, 4096, num_warps=8)
+    chunks = triton.cdiv(M, _STRIP_ROWS)
+    codes_MN = torch.empty(M, N, device=h_MR.device, dtype=FP8)
+    g_of_strips = torch.empty(sum(strips), M, rank, device=h_MR.device)
+    db_of_chunks = torch.empty(chunks, N, rank, device=h_MR.device)
+    given = (*dys_MN, factor_N, scale_M, lora_NR, h_MR, codes_MN, g_of_strips, db_of_chunks, M, N, *ends, *bounds)
+    grid = (sum(strips), chunks)
+    _strip_of_dy[grid](*given, _STRIP_ROWS // BM, rank, R, BM, BN, num_warps=4, num_stages=3)
+    g_MR, grid = torch.empty_like(h_MR), (triton.cdiv(M, 64), parts)
+    _sum_of_strips[grid](g_of_strips, g_MR, M, sum(strips), *bounds, max(strips), rank, R, 64, num_warps=4)
+    return codes_MN, scale_M, g_MR, db_of_chunks.sum(0).to(lora_NR.dtype)
+
+
+def cross_entropy(logits_CV: Tensor, targets_C: Tensor) -> Tensor:
+    """The loss of each token [C] in fp32; the logits are replaced by its gradient: softmax, less 1 at the target."""
+    losses_C = torch.empty(len(targets_C), device=logits_CV.device)
+    _cross_entropy[(len(targets_C),)](logits_CV, targets_C, losses_C, logits_CV.shape[1], 4096, num_warps=8)
+    return losses_C
 
 
 def fp8_of_4_bits(packed: Tensor, absmax: Tensor, table: Tensor, codes_NK: Tensor, scale_N: Tensor) -> None:

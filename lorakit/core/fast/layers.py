@@ -36,11 +36,11 @@ class Linears:
         flat = x.reshape(-1, x.shape[-1])
         codes, scale = rounded(flat) if self._in_fp8 else (None, None)
         a, b = self._lora(flat.dtype)
-        y, _ = frozen_linear(flat, codes, scale, self._base, self._kind, self._ends, a, b)
-        parts = list(y.view(*x.shape[:-1], -1).split(self._sizes[1:], dim=-1))
+        found = frozen_linear(flat, codes, scale, self._base, self._kind, self._ends, a, b)
+        parts = [part.view(*x.shape[:-1], -1) for part in found]
         for number, bias in enumerate(self._biases):
             if bias is not None:
-                parts[number] = parts[number] + bias.to(y.dtype)
+                parts[number] = parts[number] + bias.to(x.dtype)
         return parts
 
     def _lora(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,6 @@ HOPPER = (9, 0)
 """The compute capability whose copy engine and tensor cores `product` is made for."""
 
 
-@torch.library.custom_op("lorakit::frozen_linear", mutates_args=())
 def frozen_linear(
     x_MK: Tensor,
     codes_MK: Tensor | None,
@@ -30,9 +29,46 @@ def frozen_linear(
     ends: list[int],
     a_PRK: Tensor,
     b_NR: Tensor,
+) -> tuple[Tensor, ...]:
+    """y of each part, [M, its outputs]. `base`, `kind` and `ends` are Stored's; with the codes and scales [M, 1] of x
+    the product is computed in 8-bit floats, without them in x's number type."""
+    given = (x_MK, a_PRK, b_NR, codes_MK, scale_M, kind, ends, x_MK.requires_grad, *base)
+    parts: tuple[Tensor, ...] = _FrozenLinear.apply(*given)
+    return parts
+
+
+class _FrozenLinear(torch.autograd.Function):
+    """The operators below as one for autograd. y comes out in parts, so that dy comes in parts: where the parts of y
+    were views of one output, torch would write dy together first, in twice the time that making it takes."""
+
+    @staticmethod
+    def forward(ctx, x_MK, a_PRK, b_NR, codes_MK, scale_M, kind, ends, needs_dx, *base):  # type: ignore[no-untyped-def]
+        y_MN, h_MR = frozen_linear_forward(x_MK, codes_MK, scale_M, list(base), kind, ends, a_PRK, b_NR)
+        ctx.save_for_backward(x_MK, h_MR, a_PRK, b_NR, *base)
+        ctx.settings = (kind, ends, codes_MK is not None, needs_dx)
+        return y_MN.split([end - start for start, end in _parts(ends)], 1)
+
+    @staticmethod
+    def backward(ctx, *dys_MN):  # type: ignore[no-untyped-def]
+        x_MK, h_MR, a_PRK, b_NR, *base = ctx.saved_tensors
+        kind, ends, in_fp8, needs_dx = ctx.settings
+        given = (x_MK, h_MR, base, kind, ends, a_PRK, b_NR, in_fp8, needs_dx)
+        dx_MK, da_PRK, db_NR = frozen_linear_backward(list(dys_MN), *given)
+        return dx_MK if needs_dx else None, da_PRK, db_NR, *[None] * (5 + len(base))
+
+
+@torch.library.custom_op("lorakit::frozen_linear", mutates_args=())
+def frozen_linear_forward(
+    x_MK: Tensor,
+    codes_MK: Tensor | None,
+    scale_M: Tensor | None,
+    base: list[Tensor],
+    kind: str,
+    ends: list[int],
+    a_PRK: Tensor,
+    b_NR: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """y [M, N] and h [M, P·R]. `base`, `kind` and `ends` are Stored's; with the codes and scales [M, 1] of x the
-    product is computed in 8-bit floats, without them in x's number type."""
+    """y [M, N] of all parts and h [M, P·R]."""
     h = x_MK @ a_PRK.t()
     if codes_MK is None or scale_M is None:
         y = x_MK @ exact(base, kind, ends, x_MK.shape[1], x_MK.dtype).t()
@@ -48,14 +84,14 @@ def frozen_linear(
     return y, h
 
 
-@frozen_linear.register_fake
+@frozen_linear_forward.register_fake
 def _(x_MK, codes_MK, scale_M, base, kind, ends, a_PRK, b_NR):  # type: ignore[no-untyped-def]
     return x_MK.new_empty(x_MK.shape[0], b_NR.shape[0]), x_MK.new_empty(x_MK.shape[0], a_PRK.shape[0])
 
 
 @torch.library.custom_op("lorakit::frozen_linear_backward", mutates_args=())
 def frozen_linear_backward(
-    dy_MN: Tensor,
+    dys_MN: list[Tensor],
     x_MK: Tensor,
     h_MR: Tensor,
     base: list[Tensor],
@@ -68,21 +104,19 @@ def frozen_linear_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx [M, K], dA [P·R, K] and dB [N, R] in x's number type. dx is empty where it isn't needed, as of what the first
     layer reads from a frozen embedding: then the base isn't looked at."""
-    dy_MN, rank = dy_MN.contiguous(), b_NR.shape[1]
-    g_MR, db_NR = torch.empty_like(h_MR), torch.empty_like(b_NR)
-    for part, (start, end) in enumerate(_parts(ends)):
-        torch.mm(dy_MN[:, start:end], b_NR[start:end], out=_columns(g_MR, part, rank))
-        torch.mm(dy_MN[:, start:end].t(), _columns(h_MR, part, rank), out=db_NR[start:end])
-    da_PRK = g_MR.t() @ x_MK
-    if not needs_dx:
-        return x_MK.new_empty(0), da_PRK, db_NR
-    if not in_fp8:
+    if not (in_fp8 and needs_dx):
+        dy_MN = _side_by_side(dys_MN)
+        g_MR, db_NR = _of_lora(dy_MN, h_MR, b_NR, ends)
+        da_PRK = g_MR.t() @ x_MK
+        if not needs_dx:
+            return x_MK.new_empty(0), da_PRK, db_NR
         return (dy_MN @ exact(base, kind, ends, x_MK.shape[1], x_MK.dtype)).addmm_(g_MR, a_PRK), da_PRK, db_NR
     q_NK, scale_N = _fp8(base, kind, ends, x_MK.shape[1])
-    codes_MN, scale_M = rows_to_fp8(dy_MN, scale_N)
+    codes_MN, scale_M, g_MR, db_NR = _of_dy(dys_MN, scale_N, h_MR, b_NR, ends)
+    da_PRK = g_MR.t() @ x_MK
     q_KN, ones_K = _transposed(q_NK), torch.ones(x_MK.shape[1], device=x_MK.device)
     whole = [x_MK.shape[1]]
-    if _in_one_kernel(dy_MN, whole, h_MR.shape[1]):
+    if _in_one_kernel(x_MK, whole, h_MR.shape[1]):
         from lorakit.core.fast.kernels import product
 
         dx = product(codes_MN, scale_M, q_KN, ones_K, g_MR, a_PRK.t().contiguous(), tuple(whole))
@@ -92,25 +126,8 @@ def frozen_linear_backward(
 
 
 @frozen_linear_backward.register_fake
-def _(dy_MN, x_MK, h_MR, base, kind, ends, a_PRK, b_NR, in_fp8, needs_dx):  # type: ignore[no-untyped-def]
+def _(dys_MN, x_MK, h_MR, base, kind, ends, a_PRK, b_NR, in_fp8, needs_dx):  # type: ignore[no-untyped-def]
     return torch.empty_like(x_MK) if needs_dx else x_MK.new_empty(0), torch.empty_like(a_PRK), torch.empty_like(b_NR)
-
-
-def _remember(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    x_MK, codes_MK, _, base, kind, ends, a_PRK, b_NR = inputs
-    ctx.save_for_backward(x_MK, output[1], a_PRK, b_NR, *base)
-    ctx.settings = (kind, ends, codes_MK is not None)
-
-
-def _backward(ctx, dy_MN, _dh):  # type: ignore[no-untyped-def]
-    x_MK, h_MR, a_PRK, b_NR, *base = ctx.saved_tensors
-    kind, ends, in_fp8 = ctx.settings
-    needs_dx = ctx.needs_input_grad[0]
-    dx, da, db = frozen_linear_backward(dy_MN, x_MK, h_MR, base, kind, ends, a_PRK, b_NR, in_fp8, needs_dx)
-    return dx if needs_dx else None, None, None, [None] * len(base), None, None, da, db
-
-
-frozen_linear.register_autograd(_backward, setup_context=_remember)
 
 
 def rows_to_fp8(x_MN: Tensor, factor_N: Tensor) -> tuple[Tensor, Tensor]:
@@ -120,6 +137,32 @@ def rows_to_fp8(x_MN: Tensor, factor_N: Tensor) -> tuple[Tensor, Tensor]:
 
         return kernels.rows_to_fp8(x_MN, factor_N)
     return rounded(x_MN.float() * factor_N)
+
+
+def _of_dy(
+    dys_MN: list[Tensor], factor_N: Tensor, h_MR: Tensor, b_NR: Tensor, ends: list[int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Codes and scales of dy's rows, each column multiplied by its factor first; g [M, P·R] and dB [N, R]."""
+    # in one kernel where that is faster: one layer alone or a higher rank gains nothing (measured on an H200)
+    if h_MR.is_cuda and h_MR.dtype is torch.bfloat16 and 1 < len(ends) <= 3 and b_NR.shape[1] in (16, 32, 64):
+        from lorakit.core.fast import kernels
+
+        return kernels.of_dy(dys_MN, factor_N, h_MR, b_NR)
+    dy_MN = _side_by_side(dys_MN)
+    return *rows_to_fp8(dy_MN, factor_N), *_of_lora(dy_MN, h_MR, b_NR, ends)
+
+
+def _side_by_side(dys_MN: list[Tensor]) -> Tensor:
+    return torch.cat(dys_MN, 1) if len(dys_MN) > 1 else dys_MN[0].contiguous()
+
+
+def _of_lora(dy_MN: Tensor, h_MR: Tensor, b_NR: Tensor, ends: list[int]) -> tuple[Tensor, Tensor]:
+    """g [M, P·R] and dB [N, R]."""
+    g_MR, db_NR, rank = torch.empty_like(h_MR), torch.empty_like(b_NR), b_NR.shape[1]
+    for part, (start, end) in enumerate(_parts(ends)):
+        torch.mm(dy_MN[:, start:end], b_NR[start:end], out=_columns(g_MR, part, rank))
+        torch.mm(dy_MN[:, start:end].t(), _columns(h_MR, part, rank), out=db_NR[start:end])
+    return g_MR, db_NR
 
 
 def _fp8(base: list[Tensor], kind: str, ends: list[int], inputs: int) -> tuple[Tensor, Tensor]:
