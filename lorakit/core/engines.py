@@ -108,10 +108,14 @@ def _failing(device: "torch.device") -> str | None:
         from lorakit.core.fast.linear import HOPPER
 
         numbers = torch.ones(96, 64, device=device, dtype=torch.bfloat16)
+        integers, ones, half = numbers.to(torch.int8), torch.ones(96, device=device), numbers[:, :32].contiguous()
+        kernels.product_of_integers(integers, ones, integers, ones, half, half, half, half, (96,))
+        kernels.cross_entropy(numbers.clone(), torch.zeros(96, device=device, dtype=torch.int64))
         kernels.transposed(numbers.view(torch.uint8))
         if computes_in_fp8(device):  # Triton knows 8-bit floats there only, as the engine uses them
-            codes, scale = kernels.rows_to_fp8(numbers, None)
+            codes, scale = kernels.rows_to_fp8([numbers], None)
             packed, table = numbers.view(torch.uint8)[:, :32].contiguous(), torch.ones(16, device=device)
+            kernels.of_dy([half, half], table.repeat(4), half, numbers[:64, :16].contiguous())
             kernels.fp8_of_4_bits(packed, table[:1].expand(96).contiguous(), table, codes, scale.flatten())
         if torch.cuda.get_device_capability(device) == HOPPER:
             kernels.product(codes[:1], scale[:1], codes, scale.flatten(), None, None, (96,))

@@ -41,8 +41,8 @@ def of_product(rows: int, ends: tuple[int, ...], inputs: int, rank: int, generat
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, device="cuda", generator=generator)
 
-    a, scale_a = kernels.rows_to_fp8(normal(rows, inputs).bfloat16(), None)
-    b, scale_b = kernels.rows_to_fp8(normal(ends[-1], inputs).bfloat16(), None)
+    a, scale_a = kernels.rows_to_fp8([normal(rows, inputs).bfloat16()], None)
+    b, scale_b = kernels.rows_to_fp8([normal(ends[-1], inputs).bfloat16()], None)
     h = normal(rows, len(ends) * rank).bfloat16() if rank else None
     lora = normal(ends[-1], rank).bfloat16() if rank else None
     found = kernels.product(a, scale_a, b, scale_b.flatten(), h, lora, ends)
@@ -60,7 +60,10 @@ def of_rounding(rows: int, width: int, generator: torch.Generator) -> float:
     """Codes and scales against the definition in fp64, the scale folded in."""
     x = torch.randn(rows, width, device="cuda", generator=generator).bfloat16()
     factor = torch.rand(width, device="cuda", generator=generator) + 0.5
-    codes, scale = kernels.rows_to_fp8(x, factor)
+    codes, scale = kernels.rows_to_fp8([x], factor)
+    of_parts, again = kernels.rows_to_fp8([x[:, :16], x[:, 16:48], x[:, 48:]], factor)
+    if not torch.equal(codes.view(torch.uint8), of_parts.view(torch.uint8)) or not torch.equal(scale, again):
+        return float("inf")
     exact = x.double() * factor.double()
     largest = exact.abs().amax(-1, keepdim=True)
     rounding = float(((codes.double() * scale - exact).abs() / largest).max())  # half a place: 1/28 of the largest
@@ -68,6 +71,24 @@ def of_rounding(rows: int, width: int, generator: torch.Generator) -> float:
     if not torch.equal(turned.view(torch.uint8), codes.view(torch.uint8).t()):
         return float("inf")
     return rounding if torch.allclose(scale.double() * 448, largest, rtol=1e-6) else float("inf")
+
+
+def of_integers(rows: int, ends: tuple[int, ...], inputs: int, rank: int, generator: torch.Generator) -> float:
+    """Sums of integers are exact; what differs from fp64 is the scaling in fp32, and the result's own places."""
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, device="cuda", generator=generator)
+
+    outputs = ends[-1]
+    a, b = ((40 * normal(size, inputs)).clamp(-127, 127).to(torch.int8) for size in (rows, outputs))
+    scale_a, scale_b = normal(rows, 1).abs() + 0.1, normal(outputs).abs() + 0.1
+    kept_a, kept_b = (normal(size, 32).bfloat16() * inputs**0.5 * 40 for size in (rows, outputs))
+    h, lora = normal(rows, len(ends) * rank).bfloat16() * 40, normal(outputs, rank).bfloat16() * inputs**0.5
+    found = kernels.product_of_integers(a, scale_a, b, scale_b, kept_a, kept_b, h, lora, ends)
+    exact = (a.double() @ b.double().t()) * scale_a.double() * scale_b.double() + kept_a.double() @ kept_b.double().t()
+    for part, (start, end) in enumerate(zip((0, *ends[:-1]), ends, strict=True)):
+        exact[:, start:end] += h[:, part * rank : (part + 1) * rank].double() @ lora[start:end].double().t()
+    return float((found.double() - exact).abs().max() / exact.pow(2).mean().sqrt())
 
 
 def of_loss(rows: int, words: int, generator: torch.Generator) -> float:
@@ -96,7 +117,7 @@ def of_dy(rows: int, ends: tuple[int, ...], rank: int, generator: torch.Generato
     again = kernels.of_dy(parts, factor, h, lora)
     same = all(torch.equal(*pair) for pair in zip((scale, g, db), again[1:], strict=True))
     same &= torch.equal(codes.view(torch.int8), again[0].view(torch.int8))
-    alone, scale_alone = kernels.rows_to_fp8(dy, factor)
+    alone, scale_alone = kernels.rows_to_fp8([dy], factor)
     others = (codes.view(torch.int8) != alone.view(torch.int8)).double().mean()
     if not same or not torch.allclose(scale, scale_alone, rtol=1e-6) or others > 1e-4:
         return float("inf")
@@ -163,12 +184,16 @@ def main() -> int:
         if found > 1 / 27:
             say(f"rounding {rows} × {width}: {found}")
             worst = float("inf")
+    for (ends, inputs), rank in itertools.product((*SHAPES[:-2], ((576, 768, 960), 576)), (0, 16, 48, 64, 256)):
+        found = max(of_integers(rows, ends, inputs, rank, generator) for rows in ROWS)
+        say(f"integers N {ends}, K {inputs}, rank {rank}: {found:.4f}")
+        worst = max(worst, found)
     for rows, words in itertools.product(ROWS, (96, 576, 32000, 128256)):
         found = of_loss(rows, words, generator)
         if found > 1 / 250:
             say(f"loss {rows} × {words}: {found}")
             worst = float("inf")
-    for (ends, _), rank in itertools.product(SHAPES, (16, 32, 64)):
+    for (ends, _), rank in itertools.product(SHAPES, (16, 32)):
         found = max(of_dy(rows, ends, rank, generator) for rows in ROWS)
         say(f"dy N {ends}, rank {rank}: {found:.4f}")
         worst = max(worst, found)

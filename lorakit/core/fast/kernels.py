@@ -16,15 +16,39 @@ from lorakit.core.fast.storage import FP8, LARGEST, RANK_STEP
 _TILE = (128, 256, 128)  # tokens, outputs, inputs: the fastest of those measured on an H200
 _NARROW_TILE = (128, 128, 128)  # where parts end at other multiples than 256 (keys and values of small models)
 _UNROLLED_RANK = 32  # above, the rank is a loop: unrolled, its chunks outgrow the 227 KB of shared memory
-_STRIP = (32, 256)  # rows of a step, columns: 8 warps and larger ones spill or wait (1.5 to 1.8 times the time)
+_INTEGER_TILE = (128, 256, 128, 8, 3)  # tokens, outputs, inputs, warps, stages: 144 KB of shared memory
+_SMALL_TILE = (128, 128, 64, 8, 4)  # 64 KB, of 99 that GPUs since Ampere have (not measured there)
+_STRIP = (64, 128)  # rows of a step, columns: others took up to 2.5 times as long on an H200
+_STRIP_RANKS = (16, 32)
+"""From a rank of 64 on, Triton 3.6 makes the product for dB an asynchronous one (it has so many rows), and loads the
+next rows of dy over those that it still reads: dB then differed from run to run."""
 _STRIP_ROWS = 1024  # rows of a program: fewer leave more sums of dB to add up
 
 
 @triton.jit
-def _rows_to_fp8(x, factor, codes, scale, N, LARGEST: tl.constexpr, FOLDS: tl.constexpr, BLOCK: tl.constexpr):
-    """A row, read once: its largest number, then its codes; `factor` (of every column) is multiplied in first."""
+def _rows_to_fp8(
+    x_1,
+    x_2,
+    x_3,
+    factor,
+    codes,
+    scale,
+    N,
+    end_1,
+    end_2,
+    PARTS: tl.constexpr,
+    LARGEST: tl.constexpr,
+    FOLDS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A row, which lies in parts, read once: its largest number, then its codes; `factor` (of every column) is
+    multiplied in first."""
     row, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    value = tl.load(x + row * N + at, at < N, 0.0).to(tl.float32)
+    value = tl.load(x_1 + row * end_1 + at, at < end_1, 0.0).to(tl.float32)
+    if PARTS > 1:
+        value += tl.load(x_2 + row * (end_2 - end_1) + at - end_1, (at >= end_1) & (at < end_2), 0.0).to(tl.float32)
+    if PARTS > 2:
+        value += tl.load(x_3 + row * (N - end_2) + at - end_2, (at >= end_2) & (at < N), 0.0).to(tl.float32)
     if FOLDS:
         value = value * tl.load(factor + at, at < N, 0.0)
     found = tl.maximum(tl.max(tl.abs(value), 0), 1e-30) / LARGEST
@@ -105,6 +129,64 @@ def _product(
 
 
 @triton.jit
+def _product_of_integers(
+    a,
+    b,
+    out,
+    scale_m,
+    scale_n,
+    kept_mk,
+    kept_nk,
+    h,
+    lora,
+    M,
+    N,
+    K,
+    end_1,
+    end_2,
+    EVEN: tl.constexpr,
+    KEPT: tl.constexpr,
+    R: tl.constexpr,
+    RANKS: tl.constexpr,
+    STEP: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """out = (a bᵀ) · scale_m · scale_n + kept_mk kept_nkᵀ + h_part lora_partᵀ for any GPU: a tile a program, integers
+    summed in 32 bits."""
+    tile, rows, columns = tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN)
+    band = tile // (GROUP * columns) * GROUP
+    height = min(rows - band, GROUP)
+    n = (tile % (GROUP * columns)) // height
+    at_m, at_n = (band + (tile % (GROUP * columns)) % height) * BM + tl.arange(0, BM), n * BN + tl.arange(0, BN)
+    from_m, from_n = (at_m % M).to(tl.int64), (at_n % N).to(tl.int64)  # rows outside are others', and aren't written
+    at_k = tl.arange(0, BK)
+    left, right = a + from_m[:, None] * K + at_k[None, :], b + from_n[None, :] * K + at_k[:, None]
+    total = tl.zeros((BM, BN), tl.int32)
+    for i in range(tl.cdiv(K, BK)):
+        if EVEN:
+            total = tl.dot(tl.load(left), tl.load(right), total, out_dtype=tl.int32)
+        else:
+            there = at_k < K - i * BK
+            a_mk, b_kn = tl.load(left, there[None, :], 0), tl.load(right, there[:, None], 0)
+            total = tl.dot(a_mk, b_kn, total, out_dtype=tl.int32)
+        left += BK
+        right += BK
+    found = total.to(tl.float32) * tl.load(scale_m + from_m)[:, None] * tl.load(scale_n + from_n)[None, :]
+    at_k = tl.arange(0, KEPT)
+    columns_mk = tl.load(kept_mk + from_m[:, None] * KEPT + at_k[None, :])
+    found = tl.dot(columns_mk, tl.load(kept_nk + from_n[None, :] * KEPT + at_k[:, None]), found)
+    part, at_r = (n * BN >= end_1).to(tl.int32) + (n * BN >= end_2).to(tl.int32), tl.arange(0, STEP)
+    for j in tl.range(R // STEP, num_stages=1):
+        h_mr = tl.load(h + from_m[:, None] * RANKS + part * R + j * STEP + at_r[None, :])
+        found = tl.dot(h_mr, tl.load(lora + from_n[None, :] * R + j * STEP + at_r[:, None]), found)
+    at = at_m[:, None].to(tl.int64) * N + at_n[None, :]
+    tl.store(out + at, found.to(out.dtype.element_ty), (at_m < M)[:, None] & (at_n < N)[None, :])
+
+
+@triton.jit
 def _largest_of_rows(
     dy_1, dy_2, dy_3, factor, scale, N, end_1, end_2, PARTS: tl.constexpr, LARGEST: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -165,7 +247,7 @@ def _strip_of_dy(
     at_n, there = begin + at_p, at_p < width
     b_nr = tl.load(lora + at_n[:, None] * R + at_r[None, :], there[:, None], 0.0)
     factor_n = tl.load(factor + at_n, there, 0.0)
-    db_nr = tl.zeros((BN, R), tl.float32)
+    db_rn = tl.zeros((R, BN), tl.float32)
     for step in range(STEPS):
         at_m = (chunk * STEPS + step) * BM + tl.arange(0, BM)
         rows = (at_m < M)[:, None]
@@ -176,8 +258,8 @@ def _strip_of_dy(
         at = (strip.to(tl.int64) * M + at_m)[:, None] * R + at_r[None, :]
         tl.store(g_of_strips + at, tl.dot(dy_mn, b_nr), rows)
         h_mr = tl.load(h + at_m[:, None].to(tl.int64) * RANKS + part * R + at_r[None, :], rows, 0.0)
-        db_nr = tl.dot(tl.trans(dy_mn), h_mr, db_nr)
-    tl.store(db_of_chunks + (chunk.to(tl.int64) * N + at_n)[:, None] * R + at_r[None, :], db_nr, there[:, None])
+        db_rn = tl.dot(tl.trans(h_mr), dy_mn, db_rn)
+    tl.store(db_of_chunks + (chunk.to(tl.int64) * N + at_n)[None, :] * R + at_r[:, None], db_rn, there[None, :])
 
 
 @triton.jit
@@ -269,6 +351,11 @@ def _compensate(
         tl.store(lost + j * N + n, error, n < N)
 
 
+def reads_dy_once(ends: tuple[int, ...], rank: int) -> bool:
+    """Whether `of_dy` can do it, and gains: of one layer alone, and of higher ranks, it gains nothing (H200)."""
+    return 1 < len(ends) <= 3 and rank in _STRIP_RANKS
+
+
 def fits(ends: tuple[int, ...], inputs: int, rank: int) -> bool:
     """Whether `product` can do it: parts end where tiles do, and rows begin at multiples of 16 bytes, as TMA needs."""
     return (
@@ -327,38 +414,79 @@ def product(
     return out_MN
 
 
-def rows_to_fp8(x_MN: Tensor, factor_N: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Codes and scales [M, 1] of rows, `factor_N` multiplied in."""
-    M, N = x_MN.shape
-    codes = torch.empty(M, N, device=x_MN.device, dtype=FP8)
-    scale = torch.empty(M, 1, device=x_MN.device, dtype=torch.float32)
+def product_of_integers(
+    a_MK: Tensor,
+    scale_M: Tensor,
+    b_NK: Tensor,
+    scale_N: Tensor,
+    kept_MK: Tensor,
+    kept_NK: Tensor,
+    h_MR: Tensor,
+    lora_NR: Tensor,
+    ends: tuple[int, ...],
+) -> Tensor:
+    """(a bᵀ) of 8-bit integers with the scales of rows and columns, the product of the kept columns [M or N,
+    KEPT_COLUMNS], and h·loraᵀ part by part: [M, N] in bf16, each element summed in one fp32 accumulator. Parts that
+    don't end where tiles do are computed one by one."""
+    (M, K), N, rank = a_MK.shape, b_NK.shape[0], lora_NR.shape[1]
+    if len(ends) > 3 or any(end % _SMALL_TILE[1] for end in ends[:-1]):
+        rows = [slice(start, end) for start, end in zip((0, *ends[:-1]), ends, strict=True)]
+        of_parts = (h_MR[:, part * rank : (part + 1) * rank].contiguous() for part in range(len(ends)))
+        made = [
+            product_of_integers(
+                a_MK, scale_M, b_NK[n], scale_N[n], kept_MK, kept_NK[n], h, lora_NR[n], (n.stop - n.start,)
+            )
+            for n, h in zip(rows, of_parts, strict=True)
+        ]
+        return torch.cat(made, 1)
+    large = torch.cuda.get_device_capability(a_MK.device) >= (9, 0) and all(end % 256 == 0 for end in ends[:-1])
+    BM, BN, BK, warps, stages = _INTEGER_TILE if large else _SMALL_TILE
+    out_MN = torch.empty(M, N, device=a_MK.device, dtype=torch.bfloat16)
+    given = (a_MK, b_NK, out_MN, scale_M, scale_N, kept_MK, kept_NK, h_MR, lora_NR, M, N, K)
+    edges = [ends[part] if part < len(ends) - 1 else N for part in range(2)]
+    sizes = (K % BK == 0, kept_MK.shape[1], rank, h_MR.shape[1], RANK_STEP, BM, BN, BK, 8)
+    grid = (triton.cdiv(M, BM) * triton.cdiv(N, BN),)
+    _product_of_integers[grid](*given, *edges, *sizes, num_warps=warps, num_stages=stages)
+    return out_MN
+
+
+def rows_to_fp8(parts_MN: list[Tensor], factor_N: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Codes [M, N] and scales [M, 1] of rows, which lie in up to three parts, `factor_N` multiplied in."""
+    three, M, N, *ends = _three(parts_MN)
+    codes = torch.empty(M, N, device=three[0].device, dtype=FP8)
+    scale = torch.empty(M, 1, device=three[0].device, dtype=torch.float32)
     folds, block = factor_N is not None, triton.next_power_of_2(N)
     warps = 4 if block <= 1024 else 8 if block <= 4096 else 16
-    _rows_to_fp8[(M,)](x_MN, factor_N if folds else scale, codes, scale, N, LARGEST, folds, block, num_warps=warps)
+    given = (*three, factor_N if folds else scale, codes, scale, N, *ends)
+    _rows_to_fp8[(M,)](*given, len(parts_MN), LARGEST, folds, block, num_warps=warps)
     return codes, scale
+
+
+def _three(parts_MN: list[Tensor]) -> tuple[list[Tensor], int, int, int, int]:
+    """Up to three parts [M, n] as kernels take them: always three, of which the last ones aren't read; M, N, and where
+    the first and the second part end."""
+    parts_MN = [part_MN.contiguous() for part_MN in parts_MN]
+    widths = [part_MN.shape[1] for part_MN in parts_MN]
+    three = [*parts_MN, *parts_MN[-1:] * (3 - len(parts_MN))]
+    return three, len(three[0]), sum(widths), widths[0], sum(widths[:2])
 
 
 def of_dy(
     dys_MN: list[Tensor], factor_N: Tensor, h_MR: Tensor, lora_NR: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What a backward pass makes of dy, whose parts [M, n] lie apart: codes [M, N] and scales [M, 1] of its rows,
-    `factor_N` multiplied in; g = dy B, the parts side by side as in `h_MR`; and dB = dyᵀ h [N, R]. Ranks are powers of
-    two."""
-    (M, R), N = h_MR.shape, lora_NR.shape[0]
-    rank, parts, (BM, BN) = lora_NR.shape[1], len(dys_MN), _STRIP
-    dys_MN = [dy_MN.contiguous() for dy_MN in dys_MN]
-    widths = [dy_MN.shape[1] for dy_MN in dys_MN]
-    strips = [triton.cdiv(width, BN) for width in widths]
-    dys_MN = [*dys_MN, *dys_MN[-1:] * (3 - parts)]  # what isn't there is never read
-    ends = [sum(widths[: part + 1]) for part in range(2)]
+    `factor_N` multiplied in; g = dy B, the parts side by side as in `h_MR`; and dB = dyᵀ h [N, R]."""
+    three, M, N, *ends = _three(dys_MN)
+    R, rank, parts, (BM, BN) = h_MR.shape[1], lora_NR.shape[1], len(dys_MN), _STRIP
+    strips = [triton.cdiv(dy_MN.shape[1], BN) for dy_MN in dys_MN]
     bounds = [sum(strips[: part + 1]) for part in range(2)]
     scale_M = torch.empty(M, 1, device=h_MR.device)
-    _largest_of_rows[(M,)](*dys_MN, factor_N, scale_M, N, *ends, parts, LARGEST, 4096, num_warps=8)
+    _largest_of_rows[(M,)](*three, factor_N, scale_M, N, *ends, parts, LARGEST, 4096, num_warps=8)
     chunks = triton.cdiv(M, _STRIP_ROWS)
     codes_MN = torch.empty(M, N, device=h_MR.device, dtype=FP8)
     g_of_strips = torch.empty(sum(strips), M, rank, device=h_MR.device)
     db_of_chunks = torch.empty(chunks, N, rank, device=h_MR.device)
-    given = (*dys_MN, factor_N, scale_M, lora_NR, h_MR, codes_MN, g_of_strips, db_of_chunks, M, N, *ends, *bounds)
+    given = (*three, factor_N, scale_M, lora_NR, h_MR, codes_MN, g_of_strips, db_of_chunks, M, N, *ends, *bounds)
     grid = (sum(strips), chunks)
     _strip_of_dy[grid](*given, _STRIP_ROWS // BM, rank, R, BM, BN, num_warps=4, num_stages=3)
     g_MR, grid = torch.empty_like(h_MR), (triton.cdiv(M, 64), parts)

@@ -4,8 +4,9 @@ with a cache) goes on as before: only how a training step computes a layer is an
 """
 
 import functools
+from collections.abc import Callable
 from types import MethodType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -16,27 +17,36 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
 
 from lorakit.core.fast.linear import frozen_linear
-from lorakit.core.fast.storage import RANK_STEP, rounded, store
+from lorakit.core.fast.storage import RANK_STEP, rounded, rounded_to_integers, store
+
+Products = Literal["exact", "fp8", "int8"]
+"""What frozen matrices are multiplied in: the model's number type, 8-bit floats, or, in the forward pass, integers."""
+
+_ROUNDING: dict[Products, Callable[[Tensor], tuple[Tensor, ...]]] = {
+    "exact": lambda x: (),
+    "fp8": rounded,
+    "int8": rounded_to_integers,
+}
 
 
 class Linears:
     """Linear layers that read the same input, as one. No torch module: their parameters have their names already."""
 
-    def __init__(self, layers: list[nn.Module], *, in_fp8: bool) -> None:
+    def __init__(self, layers: list[nn.Module], products: Products) -> None:
         self._layers = layers
         bases: list[Any] = [layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer for layer in layers]
         self._base, self._kind, self._ends = store(bases)
         sizes = [bases[0].in_features, *(base.out_features for base in bases)]
         self._sizes, self._biases = sizes, [base.bias for base in bases]
         # whose sizes 8-bit products need, and what calibration has left in 16 bits stays exact
-        self._in_fp8 = in_fp8 and all(size % 16 == 0 for size in sizes) and self._kind != "plain"
+        fits = all(size % 16 == 0 for size in sizes) and self._kind != "plain"
+        self._round = _ROUNDING[products if fits else "exact"]
 
     def __call__(self, x: Tensor) -> list[Tensor]:
         """What each of the layers gives for x [..., K]."""
         flat = x.reshape(-1, x.shape[-1])
-        codes, scale = rounded(flat) if self._in_fp8 else (None, None)
         a, b = self._lora(flat.dtype)
-        found = frozen_linear(flat, codes, scale, self._base, self._kind, self._ends, a, b)
+        found = frozen_linear(flat, self._round(flat), self._base, self._kind, self._ends, a, b)
         parts = [part.view(*x.shape[:-1], -1) for part in found]
         for number, bias in enumerate(self._biases):
             if bias is not None:
@@ -69,15 +79,15 @@ def _matrices(layer: Any) -> tuple[Tensor | None, Tensor | None, float]:
     return layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
 
 
-def speed_up(layer: Any, *, in_fp8: bool, compiled: bool) -> None:
+def speed_up(layer: Any, *, products: Products, compiled: bool) -> None:
     """Have a decoder layer with LoRA compute its training steps here, `compiled` by torch: once for all layers, which
     differ in nothing that it looks at."""
     attention, mlp = layer.self_attn, layer.mlp
     layer.fast = {
-        "qkv": Linears([attention.q_proj, attention.k_proj, attention.v_proj], in_fp8=in_fp8),
-        "o": Linears([attention.o_proj], in_fp8=in_fp8),
-        "gate_up": Linears([mlp.gate_proj, mlp.up_proj], in_fp8=in_fp8),
-        "down": Linears([mlp.down_proj], in_fp8=in_fp8),
+        "qkv": Linears([attention.q_proj, attention.k_proj, attention.v_proj], products),
+        "o": Linears([attention.o_proj], products),
+        "gate_up": Linears([mlp.gate_proj, mlp.up_proj], products),
+        "down": Linears([mlp.down_proj], products),
     }
     config = attention.config
     window = getattr(attention, "sliding_window", config.sliding_window if config.model_type == "mistral" else None)

@@ -4,6 +4,10 @@
                                                    B one below the other, each with its own columns of h)
     dx = dy W + g A             g = dy B,  dA = gᵀ x,  dB = dyᵀ h
 
+Computed in 8-bit integers, only the forward product is: x Wᵀ = (q(x) Qᵀ) · sₓ · s + x' W'ᵀ, where x' and W' are those
+columns of x that hold its largest numbers, and zeros in q(x): in them integers would lose what is in all others. dx is
+exact, since the few large numbers of dy are everywhere.
+
 Computed in 8-bit floats, x and dy are rounded row by row: x Wᵀ = (q(x) Qᵀ) · sₓ · s, where W = s · Q. In the backward
 pass s is multiplied into dy before that is rounded, so that dx uses the very same Q, transposed when it is needed: one
 copy of the base serves both. LoRA's own products are always exact.
@@ -22,18 +26,22 @@ HOPPER = (9, 0)
 
 def frozen_linear(
     x_MK: Tensor,
-    codes_MK: Tensor | None,
-    scale_M: Tensor | None,
+    rounded_x: tuple[Tensor, ...],
     base: list[Tensor],
     kind: str,
     ends: list[int],
     a_PRK: Tensor,
     b_NR: Tensor,
 ) -> tuple[Tensor, ...]:
-    """y of each part, [M, its outputs]. `base`, `kind` and `ends` are Stored's; with the codes and scales [M, 1] of x
-    the product is computed in 8-bit floats, without them in x's number type."""
-    given = (x_MK, a_PRK, b_NR, codes_MK, scale_M, kind, ends, x_MK.requires_grad, *base)
-    parts: tuple[Tensor, ...] = _FrozenLinear.apply(*given)
+    """y of each part, [M, its outputs]. `base`, `kind` and `ends` are Stored's; `rounded_x` is what storage makes of x
+    for a product in 8 bits: codes, scales, and of integers the columns that are kept; () for one in x's own type."""
+    codes_MK, scale_M, kept = (*rounded_x, None, None, None)[:3]
+    if not torch.is_grad_enabled():  # where torch.compile would mix up what apply is given (2.13)
+        given = (x_MK, codes_MK, scale_M, kept, base, kind, ends, a_PRK, b_NR)
+        return _split(frozen_linear_forward(*given)[0], ends)
+    parts: tuple[Tensor, ...] = _FrozenLinear.apply(
+        *(x_MK, a_PRK, b_NR, codes_MK, scale_M, kept, kind, ends, x_MK.requires_grad), *base
+    )
     return parts
 
 
@@ -42,11 +50,13 @@ class _FrozenLinear(torch.autograd.Function):
     were views of one output, torch would write dy together first, in twice the time that making it takes."""
 
     @staticmethod
-    def forward(ctx, x_MK, a_PRK, b_NR, codes_MK, scale_M, kind, ends, needs_dx, *base):  # type: ignore[no-untyped-def]
-        y_MN, h_MR = frozen_linear_forward(x_MK, codes_MK, scale_M, list(base), kind, ends, a_PRK, b_NR)
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, x_MK, a_PRK, b_NR, codes_MK, scale_M, kept, kind, ends, needs_dx, *base
+    ):
+        y_MN, h_MR = frozen_linear_forward(x_MK, codes_MK, scale_M, kept, list(base), kind, ends, a_PRK, b_NR)
         ctx.save_for_backward(x_MK, h_MR, a_PRK, b_NR, *base)
-        ctx.settings = (kind, ends, codes_MK is not None, needs_dx)
-        return y_MN.split([end - start for start, end in _parts(ends)], 1)
+        ctx.settings = (kind, ends, codes_MK is not None and kept is None, needs_dx)
+        return _split(y_MN, ends)
 
     @staticmethod
     def backward(ctx, *dys_MN):  # type: ignore[no-untyped-def]
@@ -54,7 +64,7 @@ class _FrozenLinear(torch.autograd.Function):
         kind, ends, in_fp8, needs_dx = ctx.settings
         given = (x_MK, h_MR, base, kind, ends, a_PRK, b_NR, in_fp8, needs_dx)
         dx_MK, da_PRK, db_NR = frozen_linear_backward(list(dys_MN), *given)
-        return dx_MK if needs_dx else None, da_PRK, db_NR, *[None] * (5 + len(base))
+        return dx_MK if needs_dx else None, da_PRK, db_NR, *[None] * (6 + len(base))
 
 
 @torch.library.custom_op("lorakit::frozen_linear", mutates_args=())
@@ -62,6 +72,7 @@ def frozen_linear_forward(
     x_MK: Tensor,
     codes_MK: Tensor | None,
     scale_M: Tensor | None,
+    kept: Tensor | None,
     base: list[Tensor],
     kind: str,
     ends: list[int],
@@ -72,6 +83,15 @@ def frozen_linear_forward(
     h = x_MK @ a_PRK.t()
     if codes_MK is None or scale_M is None:
         y = x_MK @ exact(base, kind, ends, x_MK.shape[1], x_MK.dtype).t()
+    elif kept is not None:
+        q_NK, scale_N = base
+        kept_MK, kept_NK = x_MK[:, kept], (q_NK[:, kept] * scale_N[:, None]).to(x_MK.dtype)
+        if x_MK.is_cuda:
+            from lorakit.core.fast.kernels import product_of_integers
+
+            given = (codes_MK, scale_M, q_NK, scale_N, kept_MK, kept_NK, h, b_NR, tuple(ends))
+            return product_of_integers(*given), h
+        y = _scaled_product(codes_MK, scale_M, q_NK, scale_N, x_MK.dtype).addmm_(kept_MK, kept_NK.t())
     else:
         q_NK, scale_N = _fp8(base, kind, ends, x_MK.shape[1])
         if _in_one_kernel(x_MK, ends, b_NR.shape[1]):
@@ -85,7 +105,7 @@ def frozen_linear_forward(
 
 
 @frozen_linear_forward.register_fake
-def _(x_MK, codes_MK, scale_M, base, kind, ends, a_PRK, b_NR):  # type: ignore[no-untyped-def]
+def _(x_MK, codes_MK, scale_M, kept, base, kind, ends, a_PRK, b_NR):  # type: ignore[no-untyped-def]
     return x_MK.new_empty(x_MK.shape[0], b_NR.shape[0]), x_MK.new_empty(x_MK.shape[0], a_PRK.shape[0])
 
 
@@ -105,11 +125,11 @@ def frozen_linear_backward(
     """dx [M, K], dA [P·R, K] and dB [N, R] in x's number type. dx is empty where it isn't needed, as of what the first
     layer reads from a frozen embedding: then the base isn't looked at."""
     if not (in_fp8 and needs_dx):
-        dy_MN = _side_by_side(dys_MN)
-        g_MR, db_NR = _of_lora(dy_MN, h_MR, b_NR, ends)
+        g_MR, db_NR = _of_lora(dys_MN, h_MR, b_NR, ends)
         da_PRK = g_MR.t() @ x_MK
         if not needs_dx:
             return x_MK.new_empty(0), da_PRK, db_NR
+        dy_MN = torch.cat(dys_MN, 1) if len(dys_MN) > 1 else dys_MN[0]
         return (dy_MN @ exact(base, kind, ends, x_MK.shape[1], x_MK.dtype)).addmm_(g_MR, a_PRK), da_PRK, db_NR
     q_NK, scale_N = _fp8(base, kind, ends, x_MK.shape[1])
     codes_MN, scale_M, g_MR, db_NR = _of_dy(dys_MN, scale_N, h_MR, b_NR, ends)
@@ -130,38 +150,33 @@ def _(dys_MN, x_MK, h_MR, base, kind, ends, a_PRK, b_NR, in_fp8, needs_dx):  # t
     return torch.empty_like(x_MK) if needs_dx else x_MK.new_empty(0), torch.empty_like(a_PRK), torch.empty_like(b_NR)
 
 
-def rows_to_fp8(x_MN: Tensor, factor_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes of x's rows, each column multiplied by its factor first, and their scales [M, 1]."""
-    if x_MN.is_cuda:
+def rows_to_fp8(parts_MN: list[Tensor], factor_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes of rows that lie in parts, each column multiplied by its factor first, and their scales [M, 1]."""
+    if parts_MN[0].is_cuda:
         from lorakit.core.fast import kernels
 
-        return kernels.rows_to_fp8(x_MN, factor_N)
-    return rounded(x_MN.float() * factor_N)
+        return kernels.rows_to_fp8(parts_MN, factor_N)
+    return rounded(torch.cat(parts_MN, 1).float() * factor_N)
 
 
 def _of_dy(
     dys_MN: list[Tensor], factor_N: Tensor, h_MR: Tensor, b_NR: Tensor, ends: list[int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Codes and scales of dy's rows, each column multiplied by its factor first; g [M, P·R] and dB [N, R]."""
-    # in one kernel where that is faster: one layer alone or a higher rank gains nothing (measured on an H200)
-    if h_MR.is_cuda and h_MR.dtype is torch.bfloat16 and 1 < len(ends) <= 3 and b_NR.shape[1] in (16, 32, 64):
+    if h_MR.is_cuda and h_MR.dtype is torch.bfloat16:
         from lorakit.core.fast import kernels
 
-        return kernels.of_dy(dys_MN, factor_N, h_MR, b_NR)
-    dy_MN = _side_by_side(dys_MN)
-    return *rows_to_fp8(dy_MN, factor_N), *_of_lora(dy_MN, h_MR, b_NR, ends)
+        if kernels.reads_dy_once(tuple(ends), b_NR.shape[1]):
+            return kernels.of_dy(dys_MN, factor_N, h_MR, b_NR)
+    return *rows_to_fp8(dys_MN, factor_N), *_of_lora(dys_MN, h_MR, b_NR, ends)
 
 
-def _side_by_side(dys_MN: list[Tensor]) -> Tensor:
-    return torch.cat(dys_MN, 1) if len(dys_MN) > 1 else dys_MN[0].contiguous()
-
-
-def _of_lora(dy_MN: Tensor, h_MR: Tensor, b_NR: Tensor, ends: list[int]) -> tuple[Tensor, Tensor]:
+def _of_lora(dys_MN: list[Tensor], h_MR: Tensor, b_NR: Tensor, ends: list[int]) -> tuple[Tensor, Tensor]:
     """g [M, P·R] and dB [N, R]."""
     g_MR, db_NR, rank = torch.empty_like(h_MR), torch.empty_like(b_NR), b_NR.shape[1]
-    for part, (start, end) in enumerate(_parts(ends)):
-        torch.mm(dy_MN[:, start:end], b_NR[start:end], out=_columns(g_MR, part, rank))
-        torch.mm(dy_MN[:, start:end].t(), _columns(h_MR, part, rank), out=db_NR[start:end])
+    for part, (dy_MN, (start, end)) in enumerate(zip(dys_MN, _parts(ends), strict=True)):
+        torch.mm(dy_MN, b_NR[start:end], out=_columns(g_MR, part, rank))
+        torch.mm(dy_MN.t(), _columns(h_MR, part, rank), out=db_NR[start:end])
     return g_MR, db_NR
 
 
@@ -180,7 +195,7 @@ def _fp8(base: list[Tensor], kind: str, ends: list[int], inputs: int) -> tuple[T
         for start, end, packed, absmax in parts_of_4_bits(base, ends):
             kernels.fp8_of_4_bits(packed, absmax, table, codes_NK[start:end], scale_N[start:end])
         return codes_NK, scale_N
-    codes, scale = kernels.rows_to_fp8(exact(base, kind, ends, inputs, torch.bfloat16), None)
+    codes, scale = kernels.rows_to_fp8([exact(base, kind, ends, inputs, torch.bfloat16)], None)
     return codes, scale.flatten()
 
 
@@ -208,6 +223,10 @@ def _scaled_product(a_MK: Tensor, scale_M: Tensor, b_NK: Tensor, scale_N: Tensor
             a_MK, b_NK.t(), scale_a=scale_M, scale_b=scale_N[None], out_dtype=dtype, use_fast_accum=True
         )
     return ((a_MK.float() * scale_M) @ (b_NK.float() * scale_N[:, None]).t()).to(dtype)
+
+
+def _split(y_MN: Tensor, ends: list[int]) -> tuple[Tensor, ...]:
+    return y_MN.split([end - start for start, end in _parts(ends)], 1)
 
 
 def _parts(ends: list[int]) -> list[tuple[int, int]]:

@@ -226,7 +226,7 @@ def test_8_bit_products_of_a_layer_are_near_the_exact_ones() -> None:
     layers = [torch.nn.Linear(64, size) for size in (64, 32, 32)]
     frozen = [FrozenLinear(layer, "fp8") for layer in layers]
     x = torch.randn(2, 9, 64)
-    for exact, found in zip([layer(x) for layer in frozen], Linears(frozen, in_fp8=True)(x), strict=True):
+    for exact, found in zip([layer(x) for layer in frozen], Linears(frozen, "fp8")(x), strict=True):
         error = (found - exact).norm() / exact.norm()
         assert 1e-3 < error < 0.05  # x was rounded to 3 bits of fraction
 
@@ -234,21 +234,24 @@ def test_8_bit_products_of_a_layer_are_near_the_exact_ones() -> None:
 def test_widths_that_8_bit_products_cant_have_are_computed_exactly() -> None:
     torch.manual_seed(0)
     frozen, x = FrozenLinear(torch.nn.Linear(24, 40), "fp8"), torch.randn(3, 24)
-    assert torch.allclose(Linears([frozen], in_fp8=True)(x)[0], frozen(x), atol=1e-6)
+    assert torch.allclose(Linears([frozen], "fp8")(x)[0], frozen(x), atol=1e-6)
 
 
-def test_all_layers_are_compiled_by_one_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("quantize", "products"), [("none", "exact"), ("fp8", "fp8"), ("int8", "int8")])
+def test_all_layers_are_compiled_by_one_compilation(
+    quantize: str, products: layers.Products, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nothing in a layer differs from the others in what torch.compile looks at, or each would take its minute; and
     answers and evaluations before and between steps leave room for the steps' own."""
     from torch._dynamo.utils import counters
 
     compiled = torch.compile(layers._compute, backend="aot_eager")
     monkeypatch.setattr(layers, "_compiled", lambda: compiled)
-    model = with_lora(base_of("llama", num_hidden_layers=10))
+    model = with_lora(base_of("llama", quantize, num_hidden_layers=10))
     apply(model.get_base_model(), "sdpa")
     checkpoint_activations(model)
     for layer in model.get_base_model().model.layers:
-        layers.speed_up(layer, in_fp8=False, compiled=True)
+        layers.speed_up(layer, products=products, compiled=True)
     torch._dynamo.reset()
     counters.clear()
     ids, _ = packed()
