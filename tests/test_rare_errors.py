@@ -305,7 +305,7 @@ def test_a_demo_without_gguf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def enter(worker: Worker) -> None:
-    with parallel.joined(worker, "ddp", torch.device("cpu")):
+    with parallel.joined(worker, "ddp", torch.device("cpu"), lambda: None):
         pass
 
 
