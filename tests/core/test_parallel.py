@@ -79,11 +79,12 @@ def lorakit(*arguments: object) -> int:
     """A command line in this process, outside of a test: the signals stay those of pytest."""
     from lorakit.cli import main
 
-    before = signal.getsignal(signal.SIGTERM)
+    before = {which: signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)}
     try:
         return main([str(argument) for argument in arguments])
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for which, handler in before.items():
+            signal.signal(which, handler)
 
 
 def alone_at(place: Place, name: str, *options: object, stop_at: int | None = None) -> None:
