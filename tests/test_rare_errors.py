@@ -206,6 +206,14 @@ def test_models_that_cant_be_loaded(tiny_llama: Path, tmp_path: Path, monkeypatc
         *(model._from_pretrained, open_weights(base), torch.float32, None),
     )
 
+    huge = make_llama(tmp_path / "huge")
+    config = json.loads((huge / "config.json").read_bytes())
+    (huge / "config.json").write_text(json.dumps(config | {"vocab_size": 10**30}))
+    shows(
+        *(ExitCode.INPUT_REFUSED, "transformers can't load", "choose a model of the Llama family"),
+        *(model._from_pretrained, open_weights(huge), torch.float32, None),
+    )
+
     def refuse(*_: object, **__: object) -> Any:
         raise ValueError("an architecture of tomorrow")
 
