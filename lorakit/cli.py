@@ -12,7 +12,6 @@ import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -33,6 +32,7 @@ from lorakit.core.errors import (
     first_line,
     is_out_of_memory,
 )
+from lorakit.signals import AtOnce, Terminated
 from lorakit.streams import write_everywhere
 
 COMMANDS: Mapping[str, Callable[..., None]] = {
@@ -158,32 +158,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if code != ExitCode.DONE and _rank() is not None:
             _leave(code)
         return code
-    signal.signal(signal.SIGTERM, _terminate)
+    at_once = AtOnce()
+    try:
+        with at_once:
+            return _run(arguments)
+    except SystemExit as ended:  # what the workers of a parallel run agreed on, and have printed
+        return int(ended.code or ExitCode.DONE)
+    except (Exception, KeyboardInterrupt, Terminated) as error:
+        return _fail(_as_ours(error, at_once.asked))
+
+
+def _run(arguments: Sequence[str]) -> int:
     environment.no_kernels_from_the_hub()
     write_everywhere()
     if sys.platform == "win32":  # before what Windows lacks is imported
-        return _fail(EnvironmentUnusable(*WINDOWS))
-    try:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGINT))  # held until now by the launcher
-        app = build_app([*arguments, *_words_to_complete()])
-        code = app.main(arguments, prog_name="lorakit", standalone_mode=False)
-        if code == ExitCode.INTERRUPTED:  # typer's word for Ctrl-C
-            raise KeyboardInterrupt
-        return code if isinstance(code, int) else ExitCode.DONE
-    except LorakitError as error:
-        return _fail(error)
-    except TyperException as error:
-        return _fail(_usage(error))
-    except SystemExit as ended:  # what the workers of a parallel run agreed on, and have printed
-        return int(ended.code or ExitCode.DONE)
-    except _Terminated:
-        return _fail(Stopped.early(interrupted=False))
-    except (KeyboardInterrupt, typer.Abort):
-        return _fail(Stopped.early(interrupted=True))
-    except OSError as error:
-        return _fail(disk_failed(error, Path(os.fsdecode(error.filename or "an unnamed file"))))
-    except Exception as error:
-        return _fail(_no_memory(error) if is_out_of_memory(error) else _bug(error))
+        raise EnvironmentUnusable(*WINDOWS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGINT))  # held until now by the launcher
+    app = build_app([*arguments, *_words_to_complete()])
+    code = app.main(arguments, prog_name="lorakit", standalone_mode=False)
+    if code == ExitCode.INTERRUPTED:  # typer's word for Ctrl-C
+        raise KeyboardInterrupt
+    return code if isinstance(code, int) else ExitCode.DONE
+
+
+def _as_ours(error: BaseException, asked: str | None) -> LorakitError:
+    """What ended a command, with its exit code. Once a signal has been raised, it is the signal, whatever a library
+    made of it; who meets another error in the same half second meets it again with the same command."""
+    if isinstance(error, Stopped):
+        return error
+    if asked is not None or isinstance(error, Terminated | KeyboardInterrupt | typer.Abort):
+        return Stopped.early(interrupted=asked != "terminate" and not isinstance(error, Terminated))
+    if isinstance(error, LorakitError):
+        return error
+    if isinstance(error, TyperException):
+        return _usage(error)
+    if isinstance(error, OSError):
+        return disk_failed(error, Path(os.fsdecode(error.filename or "an unnamed file")))
+    return _no_memory(error) if is_out_of_memory(error) else _bug(error)
 
 
 def _fail(error: LorakitError) -> int:
@@ -235,13 +246,13 @@ def _usage(error: TyperException) -> UsageError:
     return UsageError(message, f"did you mean {' or '.join(sorted(near))}?" if near else hint)
 
 
-def _no_memory(error: Exception) -> OutOfMemory:
+def _no_memory(error: BaseException) -> OutOfMemory:
     return OutOfMemory(
         f"found {first_line(error)}, need more memory", "close other programs, or use a smaller model or --dtype bf16"
     )
 
 
-def _bug(error: Exception) -> LorakitError:
+def _bug(error: BaseException) -> LorakitError:
     """A failure that nobody foresaw: the traceback goes to a file that is named, or is shown with LORAKIT_DEBUG=1."""
     import tempfile
     import traceback
@@ -255,12 +266,3 @@ def _bug(error: Exception) -> LorakitError:
         f"found a bug in lorakit: {type(error).__name__}: {first_line(error)}",
         f"report it with {file.name}, which says where",
     )
-
-
-class _Terminated(BaseException):
-    """SIGTERM outside of a command that saves first. No Exception: libraries catch those while they are imported."""
-
-
-def _terminate(number: int, frame: FrameType | None) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one mustn't cut the message off
-    raise _Terminated

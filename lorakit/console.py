@@ -26,6 +26,7 @@ from rich.text import Text
 
 from lorakit.core.errors import InputRefused, LorakitError, Stopped
 from lorakit.core.events import Notice, Progress
+from lorakit.signals import Noted
 
 _SECONDS_BETWEEN_LINES = 10.0
 _VISIBLE = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
@@ -291,7 +292,7 @@ class Console:
         if not self.is_terminal:
             yield lambda: False
             return
-        with Signals() as signals, contextlib.suppress(KeyboardInterrupt):
+        with Noted() as signals, contextlib.suppress(KeyboardInterrupt):
             yield lambda: signals.asked is not None
         if signals.asked == "terminate":
             raise Stopped.early(interrupted=False)
@@ -374,32 +375,3 @@ class _Stream(RichConsole):
         with contextlib.suppress(OSError, ValueError):
             os.dup2(nowhere, self.file.fileno())
         os.close(nowhere)
-
-
-class Signals:
-    """SIGTERM and Ctrl-C as a flag that a long run asks for at its safe points; a second one ends it at once, except in
-    a `worker`, which its launcher ends."""
-
-    def __init__(self, *, worker: bool = False) -> None:
-        self.asked: str | None = None
-        self._worker = worker
-
-    def __enter__(self) -> "Signals":
-        self._before = {which: signal.signal(which, self._ask) for which in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for which, handler in self._before.items():
-            signal.signal(which, handler)
-
-    def stop_if_asked(self) -> None:
-        """Raises Stopped where one has come; for before there is anything to save."""
-        if self.asked is not None:
-            raise Stopped.early(interrupted=self.asked == "interrupt")
-
-    def _ask(self, which: int, frame: FrameType | None) -> None:
-        if self.asked is not None:
-            if not self._worker:
-                raise KeyboardInterrupt
-            return
-        self.asked = "interrupt" if which == signal.SIGINT else "terminate"

@@ -105,7 +105,10 @@ def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
 
     def run(*arguments: object) -> Ran:
         capsys.readouterr()
+        handlers = {which: signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)}
         code = main([str(argument) for argument in arguments])
+        for which, handler in handlers.items():  # a command that is over hears no signal, the rest of the test does
+            signal.signal(which, handler)
         captured = capsys.readouterr()
         return Ran(int(code), captured.out, captured.err)
 

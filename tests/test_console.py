@@ -5,17 +5,15 @@ import json
 import os
 import pty
 import re
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lorakit.console import Console, Signals
+from lorakit.console import Console
 from lorakit.core.config import CONFIGS
 from lorakit.core.errors import InputRefused
 from lorakit.core.events import Notice, Progress
@@ -345,7 +343,7 @@ sys.exit(0 if code == {code} else 99)
 
 
 @pytest.mark.parametrize(
-    ("raised", "code"), [("InputRefused('m', 'h')", 3), ("KeyboardInterrupt", 130), ("cli._Terminated", 75)]
+    ("raised", "code"), [("InputRefused('m', 'h')", 3), ("KeyboardInterrupt", 130), ("cli.Terminated", 75)]
 )
 def test_a_command_that_fails_takes_its_bar_away_and_shows_the_cursor(raised: str, code: int) -> None:
     written = on_a_terminal(FAILS.format(raised=raised, code=code, stops=False))
@@ -621,28 +619,3 @@ def test_help_into_a_closed_pipe_is_no_traceback(arguments: list[str]) -> None:
     os.close(writer)
     assert "Traceback" not in done.stderr
     assert "error:" not in done.stderr
-
-
-# Signals
-
-
-def test_a_first_signal_is_a_request_and_a_second_ends_at_once() -> None:
-    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    for number, asked in ((signal.SIGTERM, "terminate"), (signal.SIGINT, "interrupt")):
-        with Signals() as signals:
-            assert signals.asked is None
-            os.kill(os.getpid(), number)
-            time.sleep(0)
-            assert signals.asked == asked
-            with pytest.raises(KeyboardInterrupt):  # noqa: PT012 - the signal arrives between two instructions
-                os.kill(os.getpid(), signal.SIGINT)
-                time.sleep(1)
-        assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
-
-
-def test_a_worker_leaves_a_second_signal_to_its_launcher() -> None:
-    with Signals(worker=True) as signals:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
-            os.kill(os.getpid(), number)
-            time.sleep(0)
-        assert signals.asked == "terminate"

@@ -19,7 +19,6 @@ import torch
 from torch import nn
 from transformers import LlamaConfig
 
-from lorakit.console import Signals
 from lorakit.core import (
     accelerate_config,
     adapters,
@@ -44,6 +43,7 @@ from lorakit.core.errors import ExitCode, LorakitError
 from lorakit.core.merging import plan as merging_plan
 from lorakit.core.training import checkpoints, loop
 from lorakit.core.weights import TensorPlace, open_weights
+from lorakit.signals import Noted
 from tests.conftest import Ran, make_llama, make_tokenizer
 
 Cli = Callable[..., Ran]
@@ -206,6 +206,14 @@ def test_models_that_cant_be_loaded(tiny_llama: Path, tmp_path: Path, monkeypatc
         *(model._from_pretrained, open_weights(base), torch.float32, None),
     )
 
+    huge = make_llama(tmp_path / "huge")
+    config = json.loads((huge / "config.json").read_bytes())
+    (huge / "config.json").write_text(json.dumps(config | {"vocab_size": 10**30}))
+    shows(
+        *(ExitCode.INPUT_REFUSED, "transformers can't load", "choose a model of the Llama family"),
+        *(model._from_pretrained, open_weights(huge), torch.float32, None),
+    )
+
     def refuse(*_: object, **__: object) -> Any:
         raise ValueError("an architecture of tomorrow")
 
@@ -305,7 +313,7 @@ def test_a_demo_without_gguf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def enter(worker: Worker) -> None:
-    with parallel.joined(worker, "ddp", torch.device("cpu")):
+    with parallel.joined(worker, "ddp", torch.device("cpu"), lambda: None):
         pass
 
 
@@ -370,7 +378,7 @@ def test_a_machine_that_isnt_needed_or_cant_meet(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize(("asked", "code"), [("interrupt", 130), ("terminate", 75)])
 def test_a_signal_before_there_is_anything_to_save(asked: str, code: int) -> None:
-    with Signals() as signals:
+    with Noted() as signals:
         signals.stop_if_asked()
         signals.asked = asked
         shows(ExitCode(code), "before anything was written", "run the same command again", signals.stop_if_asked)

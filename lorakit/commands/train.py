@@ -16,8 +16,8 @@ def run(config: "TrainConfig", console: "Console") -> None:
 
     Example: lorakit train --model ./model --blocks blocks --output runs/mine
     """
-    from lorakit.console import Signals
     from lorakit.core import artifacts, doctor, environment
+    from lorakit.signals import Noted
 
     worker = environment.worker()
     if worker is not None:
@@ -36,7 +36,7 @@ def run(config: "TrainConfig", console: "Console") -> None:
         raise SystemExit(launching.launch_command("train", config, console.options, console.report))
     blocks = config.data.blocks
     target = config.output.output or Path("runs").absolute() / f"{Path(config.model.model).name}-{blocks[0].name}"
-    with Signals(worker=worker is not None) as signals:
+    with Noted(worker=worker is not None) as signals:
         from lorakit.core.training import train  # libraries catch what a signal would raise while they are imported
 
         signals.stop_if_asked()

@@ -16,6 +16,7 @@ LorakitError ─┬─ UsageError            2   an option, argument or settings
 
 import errno
 import os
+import re
 from collections.abc import Mapping
 from enum import IntEnum
 from pathlib import Path
@@ -42,7 +43,8 @@ class ExitCode(IntEnum):
 
 
 class LorakitError(Exception):
-    """A failure that the user can act on: `message` says what was found and needed, `hint` what to do."""
+    """A failure that the user can act on: `message` says what was found and needed, `hint` what to do. A number that
+    would fill the screen is shown by its first digits."""
 
     exit_code = ExitCode.BUG
     shared = False
@@ -51,6 +53,7 @@ class LorakitError(Exception):
     """Whether the other ranks have been told of it."""
 
     def __init__(self, message: str, hint: str) -> None:
+        message = re.sub(r"\d{100,}", lambda digits: f"{digits[0][:20]}… ({len(digits[0]):,} digits)", message)
         super().__init__(message)
         self.message = message
         self.hint = hint

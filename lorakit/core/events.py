@@ -1,4 +1,4 @@
-"""What core functions tell their caller while they work; a command shows it, a test collects it."""
+"""What core functions tell their caller while they work (a command shows it, a test collects it), and ask of it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,3 +23,6 @@ class Notice:
 
 
 Report = Callable[[Progress | Notice], None]
+
+ShouldStop = Callable[[], str | None]
+"""Asked at safe points: "terminate" or "interrupt" once such a signal has come, else None."""

@@ -240,7 +240,7 @@ def _from_pretrained(
                 output_loading_info=True,
                 device_map=places,
             )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, StrictDataclassError) as error:
+    except (OSError, ValueError, TypeError, KeyError, ImportError, RuntimeError, StrictDataclassError) as error:
         if is_out_of_memory(error):
             raise
         raise InputRefused(

@@ -26,9 +26,11 @@ from lorakit.core.errors import (
     ExitCode,
     LorakitError,
     RankFailed,
+    Stopped,
     first_line,
     is_out_of_memory,
 )
+from lorakit.core.events import ShouldStop
 
 _TIMEOUT = timedelta(minutes=30)
 """The longest that a process waits for the others in one exchange. The first one hashes a base that none has seen
@@ -132,10 +134,13 @@ def alone(device: torch.device) -> World:
 
 
 @contextmanager
-def joined(worker: Worker | None, parallel: str | None, device: torch.device) -> Iterator[World]:
+def joined(
+    worker: Worker | None, parallel: str | None, device: torch.device, should_stop: ShouldStop
+) -> Iterator[World]:
     """The world of this process, on its own GPU where there are GPUs.
 
-    Raises EnvironmentUnusable where this machine has fewer GPUs than processes, or the processes don't find together.
+    Raises EnvironmentUnusable where this machine has fewer GPUs than processes, or the processes don't find together,
+    and Stopped where a signal has come before they look for one another.
     """
     if worker is None or worker.world_size == 1:
         yield alone(device)
@@ -150,7 +155,7 @@ def joined(worker: Worker | None, parallel: str | None, device: torch.device) ->
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
-        with _ended_by_signals():
+        with _ended_by_signals(should_stop):
             dist.init_process_group(backend, timeout=_TIMEOUT, device_id=device if device.type == "cuda" else None)
     except (RuntimeError, ValueError) as error:
         raise EnvironmentUnusable(
@@ -167,11 +172,14 @@ def joined(worker: Worker | None, parallel: str | None, device: torch.device) ->
 
 
 @contextmanager
-def _ended_by_signals() -> Iterator[None]:
+def _ended_by_signals(should_stop: ShouldStop) -> Iterator[None]:
     """Signals end this process at once: while it looks for the others no handler of Python's runs, who is looked for
-    may have been stopped before it began to look, and there is nothing to save yet."""
+    may have been stopped before it began to look, and there is nothing to save yet. Raises Stopped where one came
+    before: it won't come again."""
     before = {which: signal.signal(which, signal.SIG_DFL) for which in (signal.SIGTERM, signal.SIGINT)}
     try:
+        if asked := should_stop():  # not earlier, or one might come in between
+            raise Stopped.early(interrupted=asked == "interrupt")
         yield
     finally:
         for which, handler in before.items():

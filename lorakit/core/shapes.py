@@ -25,6 +25,8 @@ _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
 CHANGES_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 """Config fields of what some models do to logits after the head."""
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+_NUM_LAYERS = ("num_hidden_layers", "n_layer")
+_MAX_LAYERS = 10_000
 
 
 @dataclass(frozen=True)
@@ -187,7 +189,7 @@ def shape_of(name: str, config: Mapping[str, Any]) -> Shape:
 
 def refuse_uncounted(name: str, config: Mapping[str, Any]) -> None:
     """Raises InputRefused where a config is of what isn't counted: a mixture of experts, weights that are quantized
-    already, images, logits that are changed after the head (all of them exist at once)."""
+    already, images, logits that are changed after the head (all of them exist at once), layers without end."""
     others = {
         "quantization_config": "weights that are quantized already",
         "vision_config": "images beside text",
@@ -204,6 +206,12 @@ def refuse_uncounted(name: str, config: Mapping[str, Any]) -> None:
             f"{name}: found a mixture of {experts} experts ({config.get('model_type')}), need a dense model",
             "choose a dense model: memory of mixtures isn't counted yet",
         )
+    for field in _NUM_LAYERS:
+        if isinstance(config.get(field), int) and config[field] > _MAX_LAYERS:
+            raise InputRefused(
+                f"{name}: found {field} = {config[field]}, need at most {_MAX_LAYERS:,}",
+                "give the model's own folder or hub id",
+            )
 
 
 def _is_size(value: object) -> bool:

@@ -52,9 +52,18 @@ def parse_json(raw: bytes) -> Any:
         value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
     except RecursionError:
         raise ValueError(_TOO_DEEP) from None
+    except ValueError as error:
+        if type(error) is not ValueError:
+            raise
+        digits = f"over {sys.get_int_max_str_digits():,} digits"  # more than Python reads, and than it prints
+        raise ValueError(f"a whole number of {digits}") from None
     if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH and _is_too_deep(value):
         raise ValueError(_TOO_DEEP)
     return value
+
+
+class _Unusable(ValueError):
+    """JSON, and not what this takes of it."""
 
 
 class NotAFile(ValueError):
@@ -213,6 +222,21 @@ class _Yaml(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def _whole(read: Callable[[Any, Any], int]) -> Callable[[Any, Any], int]:
+    def construct(loader: Any, node: Any) -> int:
+        try:
+            return read(loader, node)
+        except ValueError:  # of a tag on what is none, and of thousands of digits
+            raise yaml.constructor.ConstructorError(
+                None, None, "what can't be read as a whole number", node.start_mark
+            ) from None
+
+    return construct
+
+
+_Yaml.add_constructor("tag:yaml.org,2002:int", _whole(yaml.SafeLoader.construct_yaml_int))
+
+
 class _PlainYaml(_Yaml):
     """Each of these is the same in YAML 1.1, so that what PyYAML writes without quotes comes back as it was."""
 
@@ -226,7 +250,7 @@ for _tag, _pattern, _first in (
     ("float", r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)", "-+."),
 ):
     _PlainYaml.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})\Z"), list(_first))
-_PlainYaml.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value))  # decimal where it's tagged too
+_PlainYaml.add_constructor("tag:yaml.org,2002:int", _whole(lambda _, node: int(node.value)))  # decimal also if tagged
 
 
 _TOO_DEEP = f"nesting too deep, over {MAX_DEPTH}"
@@ -252,18 +276,18 @@ def _limit_memory(more_bytes: int) -> tuple[int, int] | None:
 def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
-        raise ValueError("a key twice")
+        raise _Unusable("a key twice")
     return content
 
 
 def _no_constant(name: str) -> None:
-    raise ValueError(f"{name}, which JSON doesn't have")
+    raise _Unusable(f"{name}, which JSON doesn't have")
 
 
 def _finite(digits: str) -> float:
     number = float(digits)
     if not math.isfinite(number):
-        raise ValueError(f"{digits[:40]}, which no number type holds")
+        raise _Unusable(f"{digits[:40]}, which no number type holds")
     return number
 
 

@@ -60,6 +60,11 @@ def test_a_failure_carries_message_and_hint(kind: type[LorakitError]) -> None:
     assert (error.message, error.hint, str(error)) == ("x: found a, need b", "do c", "x: found a, need b")
 
 
+def test_a_number_that_would_fill_the_screen_is_shown_by_its_first_digits() -> None:
+    error = errors.UsageError(f"--seed: found '{'9' * 5000}', need a whole number below {2**63}", "h")
+    assert error.message == f"--seed: found '{'9' * 20}… (5,000 digits)', need a whole number below {2**63}"
+
+
 def test_ctrl_c_and_a_termination_have_codes_of_their_own() -> None:
     assert Stopped("m", "h").exit_code == 75
     assert Stopped("m", "h", interrupted=True).exit_code == 130

@@ -20,7 +20,7 @@ import safetensors.torch
 import torch
 
 from lorakit.core.environment import Worker
-from lorakit.core.errors import EnvironmentUnusable, InputRefused, UsageError
+from lorakit.core.errors import EnvironmentUnusable, InputRefused, Stopped, UsageError
 from lorakit.core.model import load_base
 from lorakit.core.parallel import World, alone, clip_gradients, joined, put, scales_to, whole
 from lorakit.core.training import loop
@@ -79,11 +79,12 @@ def lorakit(*arguments: object) -> int:
     """A command line in this process, outside of a test: the signals stay those of pytest."""
     from lorakit.cli import main
 
-    before = signal.getsignal(signal.SIGTERM)
+    before = {which: signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)}
     try:
         return main([str(argument) for argument in arguments])
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for which, handler in before.items():
+            signal.signal(which, handler)
 
 
 def alone_at(place: Place, name: str, *options: object, stop_at: int | None = None) -> None:
@@ -381,7 +382,7 @@ def test_alone_nothing_is_exchanged() -> None:
 
 @pytest.mark.parametrize("worker", [None, Worker(0, 1, 0, 1)])
 def test_one_process_joins_nobody(worker: Worker | None) -> None:
-    with joined(worker, "ddp", torch.device("cpu")) as world:
+    with joined(worker, "ddp", torch.device("cpu"), lambda: None) as world:
         assert world == alone(torch.device("cpu"))
 
 
@@ -389,7 +390,7 @@ def test_fewer_gpus_than_processes_are_refused(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with (
         pytest.raises(EnvironmentUnusable, match="found 2 GPUs for 4 processes, need one for each"),
-        joined(Worker(1, 4, 1, 4), "ddp", torch.device("cuda")),
+        joined(Worker(1, 4, 1, 4), "ddp", torch.device("cuda"), lambda: None),
     ):
         pass
 
@@ -424,7 +425,7 @@ from lorakit.core.parallel import joined
 for which in (signal.SIGTERM, signal.SIGINT):
     signal.signal(which, lambda *_: None)  # a flag that is looked at after each step
 print("looking", flush=True)
-with joined(Worker(1, 2, 1, 2), "ddp", torch.device("cpu")):
+with joined(Worker(1, 2, 1, 2), "ddp", torch.device("cpu"), lambda: None):
     print("found")
 """
 
@@ -446,6 +447,23 @@ def test_a_process_that_waits_for_one_that_is_gone_is_ended_by_a_signal(which: s
             process.wait(timeout=30)
         process.kill()
     assert process.returncode == -which
+
+
+@pytest.mark.parametrize(("asked", "code"), [("terminate", 75), ("interrupt", 130)])
+def test_a_process_that_was_told_to_stop_before_looks_for_nobody(asked: str, code: int) -> None:
+    """Not even where it came so late that only the flag knows: none comes again, and the other may be gone for it."""
+    told = []
+
+    def should_stop() -> str | None:
+        told.append(signal.getsignal(signal.SIGTERM))
+        return asked
+
+    before = [signal.getsignal(which) for which in (signal.SIGTERM, signal.SIGINT)]
+    with pytest.raises(Stopped) as stopped, joined(Worker(1, 2, 1, 2), "ddp", torch.device("cpu"), should_stop):
+        pass
+    assert stopped.value.exit_code == code
+    assert told == [signal.SIG_DFL], "asked once a signal that comes ends the process by itself"
+    assert [signal.getsignal(which) for which in (signal.SIGTERM, signal.SIGINT)] == before
 
 
 def run_in(place: Place, world: World, **values: object) -> loop.Run:

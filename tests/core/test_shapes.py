@@ -180,6 +180,7 @@ def test_layers_that_arent_there_get_no_lora() -> None:
     ("change", "words"),
     [
         ({"hidden_size": None, "vocab_size": 0}, "found a config without vocab_size, hidden_size"),
+        ({"num_hidden_layers": 10**9}, "found num_hidden_layers = 1000000000, need at most 10,000"),
         ({"num_attention_heads": "32"}, "found a config without num_attention_heads"),
         ({"model_type": "gpt2"}, "found the model type 'gpt2'"),
         ({"model_type": None}, "found the model type None"),
@@ -246,6 +247,8 @@ def test_what_transformers_cant_lay_out_as_a_language_model_is_refused(model_typ
         ({"model_type": "mixtral"}, "a mixture of 8 experts"),
         ({"model_type": "gemma3", "vision_config": {"hidden_size": 8}}, "images beside text"),
         ({"model_type": "olmo2", "hidden_size": "64"}, "can't lay out"),
+        ({"model_type": "olmo2", "num_hidden_layers": 10**9}, "need at most 10,000"),
+        ({"model_type": "gpt2", "n_layer": 10**9}, "need at most 10,000"),
         ({"model_type": "olmo2", "num_attention_heads": 0}, "can't lay out"),
         ({"model_type": "olmo2", "num_hidden_layers": 0}, "can't lay out"),
     ],

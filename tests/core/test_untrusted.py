@@ -42,7 +42,8 @@ Cli = Callable[..., Ran]
         (b'{"a": 1, "a": 2}', "a key twice"),  # parsers differ in which they take
         (b'{"lora_alpha": NaN}', "NaN"),  # peft 0.21 merges NaN weights
         (b'{"lora_alpha": 1e400}', "1e400"),  # infinity, by another name
-        (b'{"r": ' + b"9" * 5000 + b"}", "digits"),
+        (b'{"r": ' + b"9" * 5000 + b"}", r"^a whole number of over 4,300 digits$"),
+        (b'{"r": [-' + b"9" * 5000 + b"]}", r"^a whole number of over 4,300 digits$"),
         (b'{"a": "\xff"}', "0xff"),
         (b'{"a": 1} x', "Extra data"),
     ],
@@ -50,6 +51,20 @@ Cli = Callable[..., Ran]
 def test_json_that_isnt_strict_is_refused(raw: bytes, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         parse_json(raw)
+
+
+@pytest.mark.parametrize("version_1_1", [False, True])
+@pytest.mark.parametrize("number", ["!!int " + "9" * 5000, "!!int nine", "!!int '" + "9" * 5000 + "'"])
+def test_yaml_that_calls_a_whole_number_what_cant_be_read_as_one_is_refused(number: str, version_1_1: bool) -> None:
+    with pytest.raises(ValueError, match=r"^what can't be read as a whole number in line 2$"):
+        parse_yaml(f"a: 1\nb: {number}\n".encode(), version_1_1=version_1_1)
+
+
+def test_a_whole_number_that_python_cant_print_is_text_in_settings_and_refused_in_a_dataset_card() -> None:
+    raw = b"a: " + b"9" * 5000
+    assert parse_yaml(raw) == {"a": "9" * 5000}
+    with pytest.raises(ValueError, match=r"^what can't be read as a whole number in line 1$"):
+        parse_yaml(raw, version_1_1=True)
 
 
 def test_json_that_is_strict_is_what_json_says() -> None:

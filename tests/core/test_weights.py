@@ -56,6 +56,16 @@ def sharded(folder: Path, weight_map: Any) -> Path:
 MAP = {"a": "model-1.safetensors", "b": "model-2.safetensors", "c": "model-2.safetensors"}
 
 
+@pytest.mark.parametrize("config", [{"num_hidden_layers": 10**9}, {"n_layer": 4}, {"text_config": {"n_layer": 4}}])
+def test_more_layers_than_tensors_are_refused_before_anyone_makes_them(config: Any, tmp_path: Path) -> None:
+    folder = sharded(tmp_path / "model", MAP)
+    (folder / "config.json").write_text(json.dumps(LLAMA | {"num_hidden_layers": 3}))
+    assert len(open_weights(folder).tensors) == 3
+    (folder / "config.json").write_text(json.dumps(LLAMA | config))
+    with pytest.raises(InputRefused, match=r"found n\w+ = \d+ beside 3 tensors, need no more layers"):
+        open_weights(folder)
+
+
 # Headers
 
 shapes = st.lists(st.integers(0, 4), max_size=3).map(tuple)

@@ -155,7 +155,7 @@ def gradients(world: World) -> dict[str, Any]:
 
 def all_of_it(tasks_file: Path, results: Path) -> None:
     tasks = json.loads(tasks_file.read_text())
-    with joined(worker(), "ddp", torch.device("cpu")) as world:
+    with joined(worker(), "ddp", torch.device("cpu"), lambda: None) as world:
         found: dict[str, Any] = {}
         for name, task in tasks.items():
             if "argv" in task:

@@ -229,10 +229,22 @@ def check_row(box: Path) -> str | None:
 
 def check_settings(box: Path) -> str | None:
     config = TrainConfig.resolve(("run.yaml", read_settings(box / "run.yaml")), (None, {"model": "m", "dataset": "d"}))
-    given, found = yaml.safe_load((box / "run.yaml").read_bytes()), config.flat()
-    given.pop("model", None)
-    other = [name for name, value in given.items() if found[name] != value and str(found[name]) != str(value)]
+    with any_digits():
+        given, found = yaml.safe_load((box / "run.yaml").read_bytes()), config.flat()
+        given.pop("model", None)
+        other = [name for name, value in given.items() if found[name] != value and str(found[name]) != str(value)]
     return f"other settings: {other}" if other else None
+
+
+@contextmanager
+def any_digits() -> Iterator[None]:
+    """PyYAML reads a whole number of any length, which lorakit takes as text: a name may be one."""
+    before = sys.get_int_max_str_digits()
+    sys.set_int_max_str_digits(0)
+    try:
+        yield
+    finally:
+        sys.set_int_max_str_digits(before)
 
 
 def check_template(box: Path) -> str | None:

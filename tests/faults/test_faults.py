@@ -44,6 +44,16 @@ def test_every_promise_in_full() -> None:
     assert full.returncode == 0, full.stdout + full.stderr
 
 
+def test_settings_of_more_digits_than_python_prints_are_compared(tmp_path: Path) -> None:
+    from tests.faults.mutating import check_settings
+
+    limit, recipe = sys.get_int_max_str_digits(), tmp_path / "run.yaml"
+    for name in ("model", "revision"):  # given again by the command line, and not
+        recipe.write_text(f'{{"{name}": {"9" * 5000}}}')
+        assert check_settings(tmp_path) is None
+    assert sys.get_int_max_str_digits() == limit
+
+
 def test_what_lies_beside_the_box_is_outside_of_it(tmp_path: Path) -> None:
     from tests.faults.mutating import opened_outside
 

@@ -29,12 +29,12 @@ from lorakit.core.blocks import Blocks
 from lorakit.core.config import Engine, TrainConfig
 from lorakit.core.environment import let_gpu_memory_grow, make_cublas_deterministic, worker
 from lorakit.core.errors import InputRefused, Mismatch, Stopped, UsageError
-from lorakit.core.events import Report
+from lorakit.core.events import Report, ShouldStop
 from lorakit.core.hub import model_folder, push_folder
 from lorakit.core.model import pick_device
 from lorakit.core.parallel import World, joined
 from lorakit.core.training.checkpoints import CHECKPOINTS, EXTENDS, Checkpoints, other_work_hint
-from lorakit.core.training.loop import UNFINISHED, Run, ShouldStop, schedule_of
+from lorakit.core.training.loop import UNFINISHED, Run, schedule_of
 from lorakit.core.weights import Weights, open_weights
 
 
@@ -81,7 +81,7 @@ def train(
     if asked := should_stop():
         raise Stopped.early(interrupted=asked == "interrupt")
     with (
-        joined(worker(), config.devices.parallel, device) as world,
+        joined(worker(), config.devices.parallel, device, should_stop) as world,
         ExitStack() as locks,
         _kernels(deterministic=config.batch.deterministic),
     ):

@@ -5,7 +5,7 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -43,7 +43,7 @@ from lorakit.core.errors import (
     is_out_of_memory,
 )
 from lorakit.core.evaluation import loss_sum, mean_loss, perplexity
-from lorakit.core.events import Notice, Progress, Report
+from lorakit.core.events import Notice, Progress, Report, ShouldStop
 from lorakit.core.fast.engine import make_fast
 from lorakit.core.generation import answer
 from lorakit.core.memory import CONTEXT_BYTES, Workload, attention_kind, loss_tokens
@@ -86,9 +86,6 @@ SAMPLES = "samples.jsonl"
 TRACKING = "tracking"
 UNFINISHED = (CHECKPOINTS, METRICS, SAMPLES, TRACKING)
 """What a run leaves in its folder before it is done."""
-
-ShouldStop = Callable[[], str | None]
-"""Asked after every step: "terminate" or "interrupt" once such a signal has come, else None."""
 
 _SMALLEST_LOSS_SCALE = 2.0**-10
 _SAMPLE_TOKENS = 128
