@@ -71,7 +71,8 @@ def lacking(
         f"the work is shared by --parallel {parallel}": parallel in ("fsdp", "split"),
         f"{layout} lays layers out over devices": layout is not None,
         "it is --dtype fp16": dtype == "fp16",
-        f"--int8-threshold is {int8_threshold:g}, and no outliers are kept apart": int8_threshold != _INT8_THRESHOLD,
+        f"--int8-threshold is {int8_threshold:g}, and as many columns as ever are kept apart": int8_threshold
+        != _INT8_THRESHOLD,
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
 
@@ -89,7 +90,7 @@ def lacking_on(device: "torch.device", quantize: str) -> str | None:
         return f"{name} has no 8-bit floats (compute capability 8.9)"
     if importlib.util.find_spec("triton") is None:
         return "triton isn't installed"
-    return _failing(device)
+    return _failing(device, quantize)
 
 
 def computes_in_fp8(device: "torch.device") -> bool:
@@ -99,7 +100,7 @@ def computes_in_fp8(device: "torch.device") -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= _FP8
 
 
-def _failing(device: "torch.device") -> str | None:
+def _failing(device: "torch.device", quantize: str) -> str | None:
     """Why the kernels don't run on a GPU, or None: what Triton can't compile there is found before a run, not in it."""
     try:
         import torch
@@ -108,8 +109,10 @@ def _failing(device: "torch.device") -> str | None:
         from lorakit.core.fast.linear import HOPPER
 
         numbers = torch.ones(96, 64, device=device, dtype=torch.bfloat16)
-        integers, ones, half = numbers.to(torch.int8), torch.ones(96, device=device), numbers[:, :32].contiguous()
-        kernels.product_of_integers(integers, ones, integers, ones, half, half, half, half, (96,))
+        half = numbers[:, :32].contiguous()
+        if quantize == "int8":
+            integers, ones = numbers.to(torch.int8), torch.ones(96, device=device)
+            kernels.product_of_integers(integers, ones, integers, ones, half, half, half, half, (96,))
         kernels.cross_entropy(numbers.clone(), torch.zeros(96, device=device, dtype=torch.int64))
         kernels.transposed(numbers.view(torch.uint8))
         if computes_in_fp8(device):  # Triton knows 8-bit floats there only, as the engine uses them

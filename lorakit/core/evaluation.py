@@ -139,7 +139,7 @@ def _losses(model: Any, batch: Batch, chunk_tokens: int, reduction: str) -> list
     hidden_NH = output.last_hidden_state.flatten(0, 1).index_select(0, rows_N)
     del output
     head = whole.get_output_embeddings()
-    if reduction == "sum" and torch.is_grad_enabled() and is_fast(whole) and is_frozen(head):
+    if reduction == "sum" and hidden_NH.requires_grad and is_fast(whole) and is_frozen(head):
         return [cross_entropy_sum(hidden_NH, head, targets_N, chunk_tokens)]
     return [
         checkpoint(_chunk_loss, head, hidden_CH, targets_C, reduction, use_reentrant=False)

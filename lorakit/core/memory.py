@@ -362,7 +362,10 @@ class StepMemory:
         parameters = sum(layer.parameters for layer in self.layers[part.first : part.end])
         copies = 2 * parameters if self._has_copies and work.gradient_checkpointing else 0
         other_chunks = (work.trained_tokens - chunk) * work.element_bytes * hidden
-        if work.engine == "fast":  # fast.loss: a chunk's logits, which become their gradient; then that of all states
+        learns = any(module.name == self.shape.head for module in self._targets.get(None, ()))
+        if (
+            work.engine == "fast" and not learns
+        ):  # fast.loss: a chunk's logits, which become their gradient; then that of all states
             forward = states + work.trained_tokens * work.element_bytes * hidden + work.element_bytes * logits
             return [(0, kept + copies, 16 * work.tokens + forward)]
         backward = states + other_chunks + 12 * logits
@@ -499,7 +502,8 @@ def _fast_moments(shape: Shape, work: Workload, targets: list[Module]) -> list[t
     codes in another order (fp8), through 16 bits (nf4, fp4), 16 bits (int8).
 
     down: the layer's gradient, rounded to 8 bits, and its input's gradient ei. SwiGLU: that, and what comes of it, 2ei.
-    gate and up: these as 8 bits, 2i, and the gradient of their input, eh. Attention as in `_moments`.
+    gate and up: these side by side, in 8 bits 2i, else 2ei, and the gradient of their input, eh. Attention as in
+    `_moments`.
     """
     e, h, i, tokens = work.element_bytes, shape.hidden_size, shape.intermediate_size, work.tokens
     twice = tokens * e * h if work.gradient_checkpointing else 0  # the layer's input, which checkpointing keeps too
@@ -511,10 +515,11 @@ def _fast_moments(shape: Shape, work: Workload, targets: list[Module]) -> list[t
     matrix = {"none": 0, "int8": 2, "fp8": 1}.get(work.quantize, 3) * h * i
     rounded = 1 if work.quantize in ("fp8", "nf4", "fp4") else 0
     gradient, one = tokens * e * h, tokens * e * i
+    side_by_side = tokens * 2 * i if rounded else 2 * one
     return [
         (of_down, 0, kept + gradient + one + matrix + rounded * tokens * h),
         (of_down, 0, kept + gradient + 2 * one),
-        (of_mlp, 0, kept - 3 * one + gradient + 2 * one + gradient + 2 * matrix + rounded * tokens * 2 * i),
+        (of_mlp, 0, kept - 3 * one + gradient + 2 * one + gradient + 2 * matrix + side_by_side),
         (of_mlp, 0, until_mlp + gradient + tokens * _attention_moment(shape, work)),
         (of_all, 0, 4 * gradient),
     ]

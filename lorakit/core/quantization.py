@@ -24,8 +24,8 @@ class Quantizing(NamedTuple):
     double_quantization: bool = True
     int8_threshold: float = 6.0
     by_rows: bool = False
-    """8-bit codes by lorakit's own layer: floats always, integers for the fast engine, which keeps no outliers apart
-    as LLM.int8 does."""
+    """8-bit codes by lorakit's own layer: floats always, integers for the fast engine, which keeps columns apart by
+    their number, not as LLM.int8 does by a threshold."""
     sharded: bool = False
     """4-bit codes as numbers that may be parameters with gradients: FSDP of torch 2.11 shards nothing else."""
 

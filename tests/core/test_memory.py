@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -262,6 +263,18 @@ def test_the_allocator_says_so_too(quantize: str, gradient_checkpointing: bool, 
     optimizer.zero_grad()
     planned = StepMemory(shape, work).peak(whole(shape))
     assert planned.gradients + planned.activations + planned.loss == pytest.approx(allocated_peak(step), rel=1e-2)
+
+
+def test_a_head_that_learns_has_its_logits_planned_as_before() -> None:
+    """The fast engine's loss makes its own gradient only over a frozen head."""
+    shape = shape_of("llama-2-7b", config_of("llama-2-7b"))
+    usual = ("bf16", "fp8", 16, ("q_proj",), 0.0, 512, 1, False, True)
+    frozen = Workload(*usual, engine="fast", loss_tokens=512, attention="varlen")  # type: ignore[arg-type]
+    learning = replace(frozen, target_modules=("q_proj", "lm_head"))
+    planned = [max(loss for _, _, loss in StepMemory(shape, work)._loss(whole(shape))) for work in (frozen, learning)]
+    logits = 511 * shape.vocab_size
+    assert planned[0] == 511 * (2 * 2 * shape.hidden_size + 8) + 16 * 512 + 2 * logits
+    assert planned[1] == 511 * (2 * shape.hidden_size + 8) + 12 * logits
 
 
 def stepping(built: tuple[Any, Shape, Workload]) -> tuple[Shape, Workload, Callable[[], None], torch.optim.Optimizer]:

@@ -16,8 +16,8 @@ from lorakit.core.fast.storage import FP8, LARGEST, RANK_STEP
 _TILE = (128, 256, 128)  # tokens, outputs, inputs: the fastest of those measured on an H200
 _NARROW_TILE = (128, 128, 128)  # where parts end at other multiples than 256 (keys and values of small models)
 _UNROLLED_RANK = 32  # above, the rank is a loop: unrolled, its chunks outgrow the 227 KB of shared memory
-_INTEGER_TILE = (128, 256, 128, 8, 3)  # tokens, outputs, inputs, warps, stages: 144 KB of shared memory
-_SMALL_TILE = (128, 128, 64, 8, 4)  # 64 KB, of 99 that GPUs since Ampere have (not measured there)
+_INTEGER_TILE = (128, 256, 128, 8, 3)  # tokens, outputs, inputs, warps, stages: 144 KB of Hopper's shared memory
+_SMALL_TILE = (128, 128, 64, 8, 4)  # 64 KB, of 99 that every GPU since Ampere has (not measured there)
 _STRIP = (64, 128)  # rows of a step, columns: others took up to 2.5 times as long on an H200
 _STRIP_RANKS = (16, 32)
 """From a rank of 64 on, Triton 3.6 makes the product for dB an asynchronous one (it has so many rows), and loads the
@@ -439,7 +439,8 @@ def product_of_integers(
             for n, h in zip(rows, of_parts, strict=True)
         ]
         return torch.cat(made, 1)
-    large = torch.cuda.get_device_capability(a_MK.device) >= (9, 0) and all(end % 256 == 0 for end in ends[:-1])
+    of_data_centers = (9, 0) <= torch.cuda.get_device_capability(a_MK.device) < (12, 0)
+    large = of_data_centers and all(end % _INTEGER_TILE[1] == 0 for end in ends[:-1])
     BM, BN, BK, warps, stages = _INTEGER_TILE if large else _SMALL_TILE
     out_MN = torch.empty(M, N, device=a_MK.device, dtype=torch.bfloat16)
     given = (a_MK, b_NK, out_MN, scale_M, scale_N, kept_MK, kept_NK, h_MR, lora_NR, M, N, K)

@@ -36,7 +36,8 @@ def frozen_linear(
     """y of each part, [M, its outputs]. `base`, `kind` and `ends` are Stored's; `rounded_x` is what storage makes of x
     for a product in 8 bits: codes, scales, and of integers the columns that are kept; () for one in x's own type."""
     codes_MK, scale_M, kept = (*rounded_x, None, None, None)[:3]
-    if not torch.is_grad_enabled():  # where torch.compile would mix up what apply is given (2.13)
+    learns = x_MK.requires_grad or a_PRK.requires_grad or b_NR.requires_grad
+    if not (torch.is_grad_enabled() and learns):  # where torch.compile would mix up what apply is given (2.13)
         given = (x_MK, codes_MK, scale_M, kept, base, kind, ends, a_PRK, b_NR)
         return _split(frozen_linear_forward(*given)[0], ends)
     parts: tuple[Tensor, ...] = _FrozenLinear.apply(

@@ -37,7 +37,9 @@ class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
     def backward(ctx, of_loss):  # type: ignore[no-untyped-def]
         (gradient_NH,) = ctx.saved_tensors
-        return (gradient_NH * of_loss.to(gradient_NH.dtype), *[None] * 4)
+        # in fp32, or one over the tokens of a step, rounded to bf16, would be off by up to 0.4 % for all of them
+        scaled_NH = torch.mul(gradient_NH, of_loss[None], out=torch.empty_like(gradient_NH))
+        return (scaled_NH, *[None] * 4)
 
 
 def _cross_entropy(logits_CV: Tensor, targets_C: Tensor) -> Tensor:

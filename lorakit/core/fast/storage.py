@@ -42,7 +42,8 @@ def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def rounded_to_integers(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Rows as 8-bit integers, their scales [M, 1], and the KEPT_COLUMNS columns with the largest numbers of all, which
-    are zeros there: they stay in x's number type."""
+    are zeros there: they stay in x's number type. What becomes of a row depends a little on the others, which choose
+    the columns too."""
     values = x.detach().float()
     kept = values.abs().amax(0).topk(min(KEPT_COLUMNS, x.shape[1])).indices
     values = values.index_fill(1, kept, 0.0)
