@@ -363,9 +363,8 @@ class StepMemory:
         copies = 2 * parameters if self._has_copies and work.gradient_checkpointing else 0
         other_chunks = (work.trained_tokens - chunk) * work.element_bytes * hidden
         learns = any(module.name == self.shape.head for module in self._targets.get(None, ()))
-        if (
-            work.engine == "fast" and not learns
-        ):  # fast.loss: a chunk's logits, which become their gradient; then that of all states
+        if work.engine == "fast" and not learns:
+            # fast.loss: a chunk's logits, which become their gradient; then that of all states
             forward = states + work.trained_tokens * work.element_bytes * hidden + work.element_bytes * logits
             return [(0, kept + copies, 16 * work.tokens + forward)]
         backward = states + other_chunks + 12 * logits

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from lorakit.core.errors import HubFailed, InputRefused
 from lorakit.core.hub import config_folder
 from lorakit.core.untrusted import read_json_object
+from lorakit.core.weights import NUM_LAYERS
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """The model types whose modules are known here; others are laid out by transformers itself."""
@@ -25,7 +26,6 @@ _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
 CHANGES_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 """Config fields of what some models do to logits after the head."""
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-_NUM_LAYERS = ("num_hidden_layers", "n_layer")
 _MAX_LAYERS = 10_000
 
 
@@ -206,7 +206,7 @@ def refuse_uncounted(name: str, config: Mapping[str, Any]) -> None:
             f"{name}: found a mixture of {experts} experts ({config.get('model_type')}), need a dense model",
             "choose a dense model: memory of mixtures isn't counted yet",
         )
-    for field in _NUM_LAYERS:
+    for field in NUM_LAYERS:
         if isinstance(config.get(field), int) and config[field] > _MAX_LAYERS:
             raise InputRefused(
                 f"{name}: found {field} = {config[field]}, need at most {_MAX_LAYERS:,}",

@@ -49,21 +49,14 @@ def parse_json(raw: bytes) -> Any:
     """
     text = raw.decode("utf-8-sig")
     try:
-        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
+        value = json.loads(
+            text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite, parse_int=_int
+        )
     except RecursionError:
         raise ValueError(_TOO_DEEP) from None
-    except ValueError as error:
-        if type(error) is not ValueError:
-            raise
-        digits = f"over {sys.get_int_max_str_digits():,} digits"  # more than Python reads, and than it prints
-        raise ValueError(f"a whole number of {digits}") from None
     if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH and _is_too_deep(value):
         raise ValueError(_TOO_DEEP)
     return value
-
-
-class _Unusable(ValueError):
-    """JSON, and not what this takes of it."""
 
 
 class NotAFile(ValueError):
@@ -276,18 +269,25 @@ def _limit_memory(more_bytes: int) -> tuple[int, int] | None:
 def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
-        raise _Unusable("a key twice")
+        raise ValueError("a key twice")
     return content
 
 
 def _no_constant(name: str) -> None:
-    raise _Unusable(f"{name}, which JSON doesn't have")
+    raise ValueError(f"{name}, which JSON doesn't have")
+
+
+def _int(digits: str) -> int:
+    try:
+        return int(digits)
+    except ValueError:  # more than Python reads, and than it prints
+        raise ValueError(f"a whole number of over {sys.get_int_max_str_digits():,} digits") from None
 
 
 def _finite(digits: str) -> float:
     number = float(digits)
     if not math.isfinite(number):
-        raise _Unusable(f"{digits[:40]}, which no number type holds")
+        raise ValueError(f"{digits[:40]}, which no number type holds")
     return number
 
 

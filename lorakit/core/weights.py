@@ -23,7 +23,8 @@ INDEX = "model.safetensors.index.json"
 _ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _ITEM_BYTES |= {"U64": 8, "U32": 4, "U16": 2}
 _SHARD_NAME = re.compile(r"[\w.-]+\.safetensors")
-_NUM_LAYERS = ("num_hidden_layers", "n_layer")
+NUM_LAYERS = ("num_hidden_layers", "n_layer")
+"""Config fields of how many layers a model has."""
 _MAX_HEADER_BYTES = 100 * 10**6  # the limit of the safetensors library
 _MAX_INDEX_BYTES = 64 * 2**20
 _MAX_SIZE = 2**40  # of a dimension, also of a tensor that holds nothing
@@ -177,7 +178,7 @@ def _refuse_empty_layers(folder: Path, config: Mapping[str, Any], num_tensors: i
     all before it looks for their weights, and a number is quickly written."""
     inner = config.get("text_config")
     for sizes in (config, inner if isinstance(inner, dict) else {}):
-        for name in _NUM_LAYERS:
+        for name in NUM_LAYERS:
             if isinstance(sizes.get(name), int) and sizes[name] > num_tensors:
                 raise InputRefused(
                     f"{folder / 'config.json'}: found {name} = {sizes[name]} beside {num_tensors} tensors, need no "

@@ -398,8 +398,7 @@ def product(
         M,
         N,
         K,
-        ends[0] if len(ends) > 1 else N,
-        ends[1] if len(ends) > 2 else N,
+        *_first_two(ends),
         rank,
         RANK_STEP,
         _UNROLLED_RANK,
@@ -412,6 +411,11 @@ def product(
         num_warps=8,
     )
     return out_MN
+
+
+def _first_two(ends: tuple[int, ...]) -> tuple[int, ...]:
+    """Where the first and the second part end, as kernels take them: of fewer parts, where all do."""
+    return (*ends, ends[-1])[:2]
 
 
 def product_of_integers(
@@ -444,10 +448,9 @@ def product_of_integers(
     BM, BN, BK, warps, stages = _INTEGER_TILE if large else _SMALL_TILE
     out_MN = torch.empty(M, N, device=a_MK.device, dtype=torch.bfloat16)
     given = (a_MK, b_NK, out_MN, scale_M, scale_N, kept_MK, kept_NK, h_MR, lora_NR, M, N, K)
-    edges = [ends[part] if part < len(ends) - 1 else N for part in range(2)]
     sizes = (K % BK == 0, kept_MK.shape[1], rank, h_MR.shape[1], RANK_STEP, BM, BN, BK, 8)
     grid = (triton.cdiv(M, BM) * triton.cdiv(N, BN),)
-    _product_of_integers[grid](*given, *edges, *sizes, num_warps=warps, num_stages=stages)
+    _product_of_integers[grid](*given, *_first_two(ends), *sizes, num_warps=warps, num_stages=stages)
     return out_MN
 
 
